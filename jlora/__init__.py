@@ -1,0 +1,32 @@
+"""jlora: low-rank adaptation of large models in JAX.
+
+Take a weight apart into thin factors, A ≈ U V; learn a new domain by changing V; put the weight
+together again, A' = U V.
+"""
+
+from jlora.adaptation.lifting import on_merged
+from jlora.adaptation.plan import Plan, PlanEntry, Rule, make_plan
+from jlora.adaptation.tree import AdaptedWeight, adapt, join, linear, merge, split_trainable
+from jlora.checkpoints.arrays import load_arrays, save_arrays
+from jlora.factorization.svd import randomized_svd, truncated_svd
+from jlora.factors import SVD, Factors, split_svd
+from jlora.reconstruction.apply import apply_factors
+from jlora.reconstruction.dense import reconstruct
+from jlora.training.evaluate import TrainingCost, evaluate_loss, measure_cost
+from jlora.training.loop import FitResult, TrainState, fit, init_train, train_step
+from jlora.updates.columns import set_columns
+from jlora.updates.recompression import balance, recompress
+
+__version__ = "0.1.0"
+
+__all__ = [  # noqa: RUF022 (in the order of the rooms)
+    "SVD", "Factors", "split_svd",
+    "randomized_svd", "truncated_svd",
+    "set_columns", "recompress", "balance",
+    "reconstruct", "apply_factors",
+    "Rule", "Plan", "PlanEntry", "make_plan",
+    "AdaptedWeight", "adapt", "split_trainable", "join", "merge", "linear", "on_merged",
+    "fit", "FitResult", "TrainState", "init_train", "train_step",
+    "evaluate_loss", "measure_cost", "TrainingCost",
+    "load_arrays", "save_arrays",
+]  # fmt: skip

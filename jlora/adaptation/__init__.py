@@ -1,0 +1,1 @@
+"""A tree of weights → a tree of adapted weights."""

@@ -1,0 +1,99 @@
+"""`SVD` and `Factors`: what passes between the rooms, and the way from one to the other."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jlora import _checks
+
+
+class SVD(NamedTuple):
+    """Truncated singular value decomposition, a ≈ (u * s) @ vt.
+
+    Shapes: m, n rows and columns of the matrix, r the rank, ... batch axes.
+
+    Example:
+        >>> import jax, jlora
+        >>> a = jax.random.normal(jax.random.key(0), (6, 4))
+        >>> svd = jlora.truncated_svd(a, 2)
+        >>> svd.u.shape, svd.s.shape, svd.vt.shape
+        ((6, 2), (2,), (2, 4))
+    """
+
+    u: jax.Array  # [..., m, r], orthonormal columns
+    s: jax.Array  # [..., r], descending, not negative
+    vt: jax.Array  # [..., r, n], orthonormal rows
+
+
+class Factors(NamedTuple):
+    """Two thin factors that stand for the matrix u @ v.
+
+    In the letters of LoRA, A = uᵀ and B = vᵀ.
+
+    Shapes: m, n rows and columns of the matrix, r the rank, ... batch axes.
+
+    Example:
+        >>> import jax.numpy as jnp, jlora
+        >>> factors = jlora.Factors(jnp.ones((6, 2)), jnp.ones((2, 4)))
+        >>> jlora.reconstruct(factors).shape
+        (6, 4)
+    """
+
+    u: jax.Array  # [..., m, r]
+    v: jax.Array  # [..., r, n]
+
+
+def split_svd(svd, how="balanced"):
+    """Return the Factors of an SVD, the singular values put on one side or on both.
+
+    u diag(s) vt = (u diag(s)^p) (diag(s)^(1-p) vt), with p = 1/2, 1 or 0.
+
+    Shapes: m, n rows and columns, r rank.
+
+    Args:
+        svd: `SVD` of u [..., m, r], s [..., r], vt [..., r, n].
+        how: "balanced" (√s on each side), "left" (s on u) or "right" (s on v, which makes
+            v[:, j] the coordinates of column j in the orthonormal basis u).
+
+    Returns:
+        `Factors` of u [..., m, r] and v [..., r, n], in the dtype of the SVD.
+
+    Raises:
+        TypeError: `svd` is not an SVD.
+        ValueError: `how` is none of the three, or the shapes do not fit together.
+
+    Gradients: those of the products. "balanced" has an infinite derivative at s = 0.
+
+    Example:
+        >>> import jax.numpy as jnp, jlora
+        >>> svd = jlora.truncated_svd(jnp.diag(jnp.array([4.0, 1.0])), 1)
+        >>> abs(jlora.split_svd(svd).v).round(3).tolist()
+        [[2.0, 0.0]]
+    """
+    _checks.check_choice(how, ("balanced", "left", "right"), "how")
+    u, s, vt = _check_svd(svd)
+    if how == "left":
+        return Factors(u * s[..., None, :], vt)
+    if how == "right":
+        return Factors(u, s[..., :, None] * vt)
+    root = jnp.sqrt(s)
+    return Factors(u * root[..., None, :], root[..., :, None] * vt)
+
+
+def _check_svd(svd):
+    if not (isinstance(svd, tuple) and len(svd) == 3):
+        raise TypeError(
+            f"`svd` must be a triple SVD(u, s, vt), got {type(svd).__name__}. "
+            "Make one with jlora.randomized_svd or jlora.truncated_svd."
+        )
+    u = _checks.check_matrix(svd[0], "svd.u")
+    s = _checks.check_array(svd[1], "svd.s")
+    vt = _checks.check_matrix(svd[2], "svd.vt")
+    fits = u.shape[:-2] + u.shape[-1:] == s.shape == vt.shape[:-1]
+    if not fits:
+        raise ValueError(
+            "`svd` must have u [..., m, r], s [..., r] and vt [..., r, n], "
+            f"got {u.shape}, {s.shape} and {vt.shape}. Check that they belong together."
+        )
+    return u, s, vt

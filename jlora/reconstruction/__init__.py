@@ -1,0 +1,1 @@
+"""Factors → matrix, or → activations."""

@@ -1,0 +1,1 @@
+"""Loss + batches → trained factors."""
