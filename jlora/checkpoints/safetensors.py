@@ -40,7 +40,7 @@ def write_safetensors(file, arrays):
                 f"`arrays` must have dtypes that safetensors knows, got {array.dtype} at {name}. "
                 "Cast it, or write an .npz file."
             )
-        entries[name] = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        entries[name] = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
     # The metadata is what torch readers look for.
     file.write(safetensors.numpy.save(entries, metadata={"format": "pt"}))
 

@@ -5,7 +5,7 @@ QR is a loop over the batch on CUDA. The inverse of the small factor is formed a
 in, because an m×l triangular solve is slower and gathers a sharded basis.
 
 Source: Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, "Shifted Cholesky QR", 2020.
-Differs: the shift is eps * trace(G); the published one is too large to be of use in float32.
+Differs: the shift is eps √m / 2 * trace(G); the published one is too large to be of use in float32.
 """
 
 import jax
@@ -32,8 +32,11 @@ def orthonormalize_against(basis, y, noise):
     """
     y = _perturb(_normalize_columns(y), noise)
     y = _shifted_cholesky_qr2(_normalize_columns(_project_out(basis, y)))
-    y = _cholesky_qr2(_normalize_columns(_project_out(basis, y)))
-    return _cholesky_qr(_project_out(basis, y), shift=0.0)
+    # Shifted here too: with one new direction among exhausted ones, what the first projection
+    # leaves is parallel columns, and the second can take away most of what told them apart.
+    y = _normalize_columns(_project_out(basis, y))
+    y = _cholesky_qr2(_shifted_cholesky_qr2(y))
+    return _cholesky_qr2(_project_out(basis, y))
 
 
 def householder(y):
@@ -70,7 +73,10 @@ def _cholesky_qr(y, shift):
     eye = jnp.eye(gram.shape[-1], dtype=y.dtype)
     if shift:
         trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
-        gram = gram + shift * jnp.finfo(y.dtype).eps * trace * eye
+        # The sums behind the Gram matrix err by about eps √m of its trace: less shift than that
+        # leaves it indefinite for columns that are all but parallel (the matrix of ones).
+        size = shift * 0.5 * y.shape[-2] ** 0.5 * jnp.finfo(y.dtype).eps
+        gram = gram + size * trace * eye
     lower = jax.lax.linalg.cholesky(gram)
     inverse = jax.lax.linalg.triangular_solve(
         lower, jnp.broadcast_to(eye, lower.shape), left_side=True, lower=True

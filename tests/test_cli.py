@@ -1,0 +1,147 @@
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import jlora
+from jlora.cli.main import main
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with weights, a domain file and pairs, and the process in it."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((20, 12)).astype(np.float32)
+    jlora.save_arrays("w.npy", w)
+    jlora.save_arrays("w64.npy", w.astype(np.float64))
+    jlora.save_arrays("many.npz", {"a/q": w, "b/q": w[:, ::-1], "bias": w[0], "k": w[:5]})
+    jlora.save_arrays("domain.npy", rng.standard_normal((4, 3)))
+    x = rng.standard_normal((200, 20)).astype(np.float32)
+    target = w + 0.1 * rng.standard_normal(w.shape)
+    np.savez("pairs.npz", x=x, y=x @ target)
+    jlora.save_arrays("out.npy", np.zeros(2))
+    return tmp_path
+
+
+def run(text):
+    return main(text.split())
+
+
+def test_domain_columns(folder, capsys):
+    command = "adapt w.npy -o out.npy --rank 4 --columns 3 --domain domain.npy --factors uv.npz"
+    assert run(command) == 0
+    a, out = (jlora.load_arrays(f"{name}.npy")[name] for name in ("w", "out"))
+    factors = jlora.load_arrays("uv.npz")
+    best = np.linalg.svd(a.astype(np.float64), full_matrices=False)
+    kept = (best[0] * best[1])[:, :4] @ best[2][:4]
+    np.testing.assert_allclose(out[:, :9], kept[:, :9], atol=1e-5)
+    domain = jlora.load_arrays("domain.npy")["domain"]
+    np.testing.assert_allclose(out[:, 9:], factors["w.u"] @ domain, atol=1e-5)
+    energy = np.sum(best[1][:4] ** 2) / np.sum(best[1] ** 2)
+    change = np.linalg.norm(out - a) / np.linalg.norm(a)
+    printed = capsys.readouterr().out
+    assert f"w: 20x12, rank 4, energy kept {energy:.4f}, relative error" in printed
+    assert f"change in the weight {change:.3e}" in printed
+    assert "wrote out.npy: 1 arrays, 0 as before" in printed
+
+
+def test_data_trains_v_and_other_arrays_stay(folder, capsys):
+    command = (
+        "adapt many.npz -o out.safetensors --rank 12 --targets a/q --data pairs.npz --steps 300"
+    )
+    assert run(command) == 0
+    old, new = jlora.load_arrays("many.npz"), jlora.load_arrays("out.safetensors")
+    assert old.keys() == new.keys()
+    for name in ("b/q", "bias", "k"):
+        assert (old[name] == new[name]).all()
+    with np.load("pairs.npz") as pairs:
+        errors = [np.linalg.norm(pairs["x"] @ w["a/q"] - pairs["y"]) for w in (old, new)]
+    assert errors[1] < 0.2 * errors[0]
+    assert "(20 of 200 rows)" in capsys.readouterr().out
+
+
+def test_keep_residual_changes_nothing_else(folder):
+    assert (
+        run("adapt w.npy -o out.npy --rank 4 --columns 3 --domain domain.npy --keep-residual") == 0
+    )
+    a, out = (jlora.load_arrays(f"{name}.npy")[name] for name in ("w", "out"))
+    np.testing.assert_allclose(out[:, :9], a[:, :9], atol=1e-5)
+
+
+def test_float64_stays_float64(folder):
+    assert run("adapt w64.npy -o out.npy --rank 12 --columns 3 --domain d12.npy") == 2
+    jlora.save_arrays("d12.npy", np.zeros((12, 3)))
+    assert run("adapt w64.npy -o out.npy --rank 12 --columns 3 --domain d12.npy") == 0
+    a, out = jlora.load_arrays("w64.npy")["w64"], jlora.load_arrays("out.npy")["out"]
+    np.testing.assert_allclose(out[:, :9], a[:, :9], rtol=0, atol=1e-13)
+
+
+DOMAIN = "--columns 3 --domain domain.npy"
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        (f"none.npy -o out.npy --rank 4 {DOMAIN}", "none.npy: must be a file that can be opened"),
+        (f"empty.npy -o out.npy --rank 4 {DOMAIN}", "empty.npy: must hold arrays, got an empty"),
+        (f"cut.npy -o out.npy --rank 4 {DOMAIN}", "cut.npy: must be a whole .npy file"),
+        (f"cut.npz -o out.npy --rank 4 {DOMAIN}", "cut.npz: must be a whole .npz file"),
+        (f"cut.safetensors -o out.npy --rank 4 {DOMAIN}", "must be a whole safetensors file"),
+        (f"w.bin -o out.npy --rank 4 {DOMAIN}", "w.bin: must end in .npy"),
+        (f"nan.npy -o out.npy --rank 4 {DOMAIN}", "`nan` must be finite, got 1 NaN"),
+        (f"ints.npy -o out.npy --rank 4 {DOMAIN}", "ints (has dtype int64"),
+        (f"w.npy -o out.npy --rank 0 {DOMAIN}", "`--rank` must be at least 1, got 0"),
+        (f"w.npy -o out.npy --rank 13 {DOMAIN}", "w: `rank` must be at most min(m, n) = 12"),
+        (f"w.npy -o out.npy --rank 5 {DOMAIN}", "domain.npy: `--domain` must be an array with"),
+        (f"w.npy -o out.npy --rank 4 --targets z {DOMAIN}", "pattern 'z' without one"),
+        (f"w.npy -o out.npy --rank 4 --targets ( {DOMAIN}", "must be a regular expression"),
+        (f"w.npy -o gone/out.npy --rank 4 {DOMAIN}", "gone/out.npy: must be a file in a folder"),
+        (f"w.npy -o out.bin --rank 4 {DOMAIN}", "out.bin: must end in .npy"),
+        (f"many.npz -o out.npy --rank 4 {DOMAIN}", "exactly one array, got 4"),
+        ("w.npy -o out.npy --rank 4", "`--domain` or `--data` must say"),
+        ("w.npy -o out.npy --rank 4 --columns 3", "must come together"),
+        ("w.npy -o out.npy --rank 4 --columns 2 --domain domain.npy", "must have shape (4, 2)"),
+        ("w.npy -o out.npy --rank 4 --columns 13 --domain domain.npy", "must be at most 12"),
+        ("w.npy -o out.npy --rank 4 --data domain.npy", "must hold arrays named x and y"),
+        (
+            "many.npz -o out.npz --rank 4 --data pairs.npz --targets k",
+            "k` must have shape (20, 12)",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(folder, capsys, command, text):
+    (folder / "empty.npy").touch()
+    for suffix in (".npy", ".npz", ".safetensors"):
+        jlora.save_arrays(f"cut{suffix}", {"w": np.ones((9, 9))})
+        os.truncate(f"cut{suffix}", 300)
+    jlora.save_arrays("nan.npy", np.where(np.eye(12) * np.arange(12) == 3, np.nan, 1.0))
+    jlora.save_arrays("ints.npy", np.ones((12, 12), np.int64))
+    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+    assert run(f"adapt {command}") == 2
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.startswith("jlora adapt: ")
+    assert error.count("\n") == 1
+    assert before == {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+
+
+def test_debug_shows_the_traceback(folder):
+    with pytest.raises(FileNotFoundError):
+        run(f"adapt none.npy -o out.npy --rank 4 {DOMAIN} --debug")
+
+
+def test_the_installed_command(folder):
+    command = os.path.join(os.path.dirname(sys.executable), "jlora")
+    done = subprocess.run(
+        [command, "adapt", "none.npy", "-o", "out.npy", "--rank", "4", *DOMAIN.split()],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    usage = subprocess.run([command, "adapt"], capture_output=True, text=True, check=False)
+    assert usage.returncode == 2

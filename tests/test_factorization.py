@@ -1,0 +1,215 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from jlora.factorization.orthonormal import householder, orthonormalize
+from tests.matrices import SPECTRA, optimal_error, orthonormality, residual, spiked
+
+X64 = jax.config.jax_enable_x64
+DTYPES = [jnp.float32, jnp.bfloat16, *([jnp.float64] if X64 else [])]
+SHAPES = [(160, 120), (120, 160), (128, 128)]
+KEY = jax.random.key(0)
+
+decompositions = pytest.mark.parametrize(
+    "decompose",
+    [
+        lambda a, rank: jlora.randomized_svd(a, rank, key=KEY),
+        # Narrow blocks, so that even these small matrices go through the iterations.
+        lambda a, rank: jlora.randomized_svd(a, rank, key=KEY, block_size=4, num_passes=20),
+        lambda a, rank: jlora.randomized_svd(a, rank, key=KEY, method="subspace"),
+        lambda a, rank: jlora.truncated_svd(a, rank),
+    ],
+    ids=["krylov default", "krylov narrow", "subspace", "truncated"],
+)
+
+
+@decompositions
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_svd_is_orthonormal_sorted_and_near_optimal(decompose, dtype, shape, spectrum):
+    rank = 8
+    a = jnp.asarray(SPECTRA[spectrum](np.random.default_rng(0), *shape), dtype)
+    svd = decompose(a, rank)
+    compute = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    assert [part.dtype for part in svd] == [compute] * 3
+    assert orthonormality(svd.u) < 1e-5
+    assert orthonormality(svd.vt.mT) < 1e-5
+    s = np.asarray(svd.s, np.float64)
+    assert np.all(np.diff(s) <= 0)
+    assert np.all(s >= 0)
+    norm = np.linalg.norm(np.asarray(a, np.float64))
+    rounding = 20 * np.finfo(compute).eps * norm
+    # Twenty passes or ten: the excess over the optimum on the flat spectra is below 2 %.
+    assert residual(a, svd) <= 1.02 * optimal_error(a, rank) + rounding
+    exact = np.linalg.svd(np.asarray(a, np.float64), compute_uv=False)[:rank]
+    assert np.all(s <= exact + rounding)
+
+
+@pytest.mark.parametrize("spectrum", ["spiked", "flat"])
+def test_krylov_default_excess_error_over_ten_seeds(spectrum):
+    a = jnp.asarray(SPECTRA[spectrum](np.random.default_rng(1), 512, 384), jnp.float32)
+    best = optimal_error(a, 16)
+    for seed in range(10):
+        svd = jlora.randomized_svd(a, 16, key=jax.random.key(seed))
+        assert residual(a, svd) / best - 1 < 1e-4
+
+
+@pytest.mark.parametrize("rank", [1, 5, 40])
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (1, 40), (40, 1), (1, 1)], ids=str)
+def test_every_rank_up_to_the_full_one(shape, rank):
+    rank = min(rank, *shape)
+    a = jnp.asarray(np.random.default_rng(2).standard_normal(shape), jnp.float32)
+    for svd in (jlora.randomized_svd(a, rank, key=KEY), jlora.truncated_svd(a, rank)):
+        rounding = 20 * np.finfo(np.float32).eps * float(jnp.linalg.norm(a))
+        assert residual(a, svd) <= 1.02 * optimal_error(a, rank) + rounding
+
+
+@decompositions
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_nan_or_inf_gives_nan_for_that_matrix_alone(decompose, bad):
+    a = jax.random.normal(KEY, (2, 50, 60)).at[0, 3, 4].set(bad)
+    svd = decompose(a, 3)
+    assert all(bool(jnp.isnan(part[0]).all()) for part in svd)
+    assert all(bool(jnp.isfinite(part[1]).all()) for part in svd)
+
+
+@decompositions
+def test_batch_jit_and_vmap_equal_the_loop(decompose):
+    a = jax.random.normal(KEY, (3, 50, 60), jnp.float32)
+    loop = [decompose(matrix, 3) for matrix in a]
+    ways = [decompose(a, 3), jax.jit(lambda a: decompose(a, 3))(a)]
+    ways.append(jax.vmap(lambda a: decompose(a, 3))(a))
+    for way in ways:
+        for i, one in enumerate(loop):
+            product = jnp.matmul(one.u * one.s[None], one.vt, precision="highest")
+            batch = jnp.matmul(way.u[i] * way.s[i][None], way.vt[i], precision="highest")
+            # Rounding differs between batched and single LAPACK and matrix products.
+            np.testing.assert_allclose(batch, product, atol=2e-4)
+
+
+def test_same_key_same_bits_and_other_key_same_subspace():
+    a = jnp.asarray(spiked(np.random.default_rng(3), 256, 256), jnp.float32)
+    one, again, other = (
+        jlora.randomized_svd(a, 12, key=jax.random.key(seed)) for seed in (0, 0, 1)
+    )
+    assert all(bool((x == y).all()) for x, y in zip(one, again, strict=True))
+    cosines = np.linalg.svd(np.asarray(one.u.T @ other.u), compute_uv=False)
+    assert cosines.min() > 1 - 1e-4
+
+
+def test_odd_number_of_passes():
+    a = jnp.asarray(spiked(np.random.default_rng(4), 256, 200), jnp.float32)
+    errors = [
+        residual(a, jlora.randomized_svd(a, 12, key=KEY, num_passes=p, block_size=12))
+        for p in (4, 5, 6)
+    ]
+    assert errors[0] > errors[1] > errors[2]
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e3, 1e5, 1e7])
+def test_orthonormalize_spans_what_householder_spans(condition):
+    rng = np.random.default_rng(5)
+    columns = np.geomspace(1, 1 / condition, 16)
+    y = np.linalg.qr(rng.standard_normal((500, 16)))[0] * columns
+    y = y @ np.linalg.qr(rng.standard_normal((16, 16)))[0]
+    y = jnp.asarray(y, jnp.float32)
+    noise = jnp.asarray(rng.standard_normal((500, 16)), jnp.float32)
+    basis = orthonormalize(y, noise)
+    assert orthonormality(basis) < 1e-5
+    left = np.asarray(y) - np.asarray(basis) @ (np.asarray(basis).T @ np.asarray(y))
+    # Dependent columns get 4 eps of noise, which hides what is smaller than that.
+    assert np.linalg.norm(left) < 1e-5 * np.linalg.norm(y)
+    if condition < 1e4:
+        overlap = np.linalg.svd(np.asarray(householder(y)).T @ np.asarray(basis), compute_uv=False)
+        assert overlap.min() > 1 - 1e-3
+
+
+def test_truncated_svd_gradient_is_exact():
+    if not X64:
+        pytest.skip("finite differences of 1e-6 need JAX_ENABLE_X64=1")
+    rng = np.random.default_rng(6)
+    a, direction = (jnp.asarray(rng.standard_normal((12, 9))) for _ in range(2))
+
+    def captured(a):
+        u, s, vt = jlora.truncated_svd(a, 3)
+        return jnp.sum(jnp.cos((u * s[None]) @ vt))
+
+    step = 1e-6
+    slope = (captured(a + step * direction) - captured(a - step * direction)) / (2 * step)
+    np.testing.assert_allclose(jnp.vdot(jax.grad(captured)(a), direction), slope, rtol=1e-6)
+
+
+def test_randomized_svd_refuses_to_be_differentiated():
+    a = jax.random.normal(KEY, (60, 50))
+    with pytest.raises(TypeError, match="must not be differentiated"):
+        jax.grad(lambda a: jlora.randomized_svd(a, 2, key=KEY).s.sum())(a)
+    stopped = jax.grad(
+        lambda a: jlora.randomized_svd(jax.lax.stop_gradient(a), 2, key=KEY).s.sum()
+    )(a)
+    assert bool((stopped == 0).all())
+
+
+@pytest.mark.parametrize("rank", [0, -1, 51])
+def test_rank_out_of_range(rank):
+    a = jnp.ones((60, 50))
+    for decompose in (jlora.truncated_svd, lambda a, r: jlora.randomized_svd(a, r, key=KEY)):
+        with pytest.raises(ValueError, match=f"`rank` must be at .*, got {rank}"):
+            decompose(a, rank)
+
+
+@pytest.mark.parametrize("rank", [2.0, True, "2", None])
+def test_rank_of_the_wrong_kind(rank):
+    with pytest.raises(TypeError, match="`rank` must be an integer"):
+        jlora.truncated_svd(jnp.ones((4, 4)), rank)
+
+
+def test_traced_rank():
+    with pytest.raises(TypeError, match=r"`rank` must be a static .*static_argnames='rank'"):
+        jax.jit(jlora.truncated_svd)(jnp.ones((4, 4)), 2)
+
+
+@pytest.mark.parametrize(
+    ("a", "error", "text"),
+    [
+        (jnp.ones(4), ValueError, r"at least 2 axes, got shape \(4,\)"),
+        (jnp.ones((4, 4), jnp.int32), TypeError, "real floating dtype, got int32"),
+        (jnp.ones((4, 4), jnp.complex64), TypeError, "real floating dtype, got complex64"),
+        (jnp.ones((0, 4)), ValueError, "at least one row and one column"),
+        ([[1.0]], TypeError, "NumPy or JAX array, got list"),
+    ],
+)
+def test_bad_matrix(a, error, text):
+    for decompose in (jlora.truncated_svd, lambda a, r: jlora.randomized_svd(a, r, key=KEY)):
+        with pytest.raises(error, match=text):
+            decompose(a, 1)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "text"),
+    [
+        ({"key": 0}, TypeError, "`key` must be a typed PRNG key"),
+        ({"key": jax.random.split(KEY)}, ValueError, "`key` must be a single key"),
+        ({"key": KEY, "method": "magic"}, ValueError, "`method` must be one of 'krylov'"),
+        ({"key": KEY, "num_passes": 1}, ValueError, "`num_passes` must be at least 2"),
+        ({"key": KEY, "block_size": 51}, ValueError, "`block_size` must be at most 50"),
+        ({"key": KEY, "block_size": 1, "num_passes": 4}, ValueError, "at least rank = 4 columns"),
+    ],
+)
+def test_bad_settings(kwargs, error, text):
+    with pytest.raises(error, match=text):
+        jlora.randomized_svd(jnp.ones((60, 50)), 4, **kwargs)
+
+
+@pytest.mark.parametrize("how", ["balanced", "left", "right"])
+def test_split_svd_keeps_the_product(how):
+    a = jax.random.normal(KEY, (2, 20, 15), jnp.float32)
+    svd = jlora.truncated_svd(a, 15)
+    u, v = jlora.split_svd(svd, how)
+    np.testing.assert_allclose(jnp.matmul(u, v, precision="highest"), a, atol=1e-5)
+    with pytest.raises(ValueError, match="`how` must be one of"):
+        jlora.split_svd(svd, "middle")
+    with pytest.raises(TypeError, match="`svd` must be a triple"):
+        jlora.split_svd(a)

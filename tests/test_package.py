@@ -1,0 +1,112 @@
+"""What holds for the package as a whole: the order of its rooms, its docs, its import."""
+
+import ast
+import doctest
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+import jlora
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "jlora"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+# A file imports only from its own room and from rooms before it in this list.
+ROOMS = [
+    "_checks", "_numerics", "_progress", "factors", "factorization", "updates",
+    "reconstruction", "adaptation", "training", "checkpoints", "cli", "demo",
+]  # fmt: skip
+
+
+def imported_modules(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def find_violations(path, room):
+    allowed = ROOMS[: ROOMS.index(room) + 1]
+    if room == "cli":
+        allowed.append("demo")  # the demo command starts the demo, which imports no command
+    for name in imported_modules(path):
+        parts = name.split(".")
+        if parts[:2] == ["jax", "_src"]:
+            yield f"{path.name} imports {name}"
+        if parts[0] == "jlora" and parts[1] not in allowed:
+            yield f"{path.name} imports {name}, a later room"
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_upwards_only(path):
+    if path != PACKAGE / "__init__.py":
+        assert list(find_violations(path, room_of(path))) == []
+
+
+def test_a_violation_is_found(tmp_path):
+    file = tmp_path / "bad.py"
+    file.write_text("from jlora.training.loop import fit\nfrom jax._src import core\n")
+    assert len(list(find_violations(file, "updates"))) == 2
+
+
+@pytest.mark.parametrize("name", jlora.__all__)
+def test_public_name_has_a_docstring_whose_example_runs(name):
+    tests = doctest.DocTestFinder(recurse=False).find(getattr(jlora, name), name, globs={})
+    assert tests, f"{name} has no docstring"
+    assert "Example:" in tests[0].docstring
+    with jlora_promotion():
+        result = doctest.DocTestRunner().run(tests[0])
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def jlora_promotion():
+    import jax
+
+    return jax.numpy_dtype_promotion("standard")
+
+
+def test_no_function_has_the_name_of_a_module():
+    modules = {path.stem for path in MODULES}
+    functions = {name for name in jlora.__all__ if name.islower()}
+    assert modules & functions == set()
+
+
+def test_readme_example_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    with jlora_promotion():
+        for block in blocks:
+            exec(compile(block, "README.md", "exec"), {})
+    assert "error" in capsys.readouterr().out
+
+
+def test_import_loads_no_extra_and_adds_at_most_a_tenth():
+    extras = ("quax", "orbax", "matplotlib", "torch", "scipy.linalg")
+    code = f"import sys, jlora; print([name for name in {extras!r} if name in sys.modules])"
+    assert run_python(code).strip() == "[]"
+    plain, ours = "import jax, optax", "import jlora"
+    run_python(ours)  # writes the byte code
+    times = {code: [] for code in (plain, ours)}
+    for _ in range(7):
+        for code, durations in times.items():
+            start = time.perf_counter()
+            run_python(code)
+            durations.append(time.perf_counter() - start)
+    # The least of seven: noise only ever adds.
+    assert min(times[ours]) <= 1.1 * min(times[plain])
+
+
+def run_python(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout

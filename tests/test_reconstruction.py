@@ -1,0 +1,123 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from tests.test_updates import DTYPES, make_factors, product
+
+SHAPES = [(1, 1), (7, 5), (129, 257), (300, 1)]
+
+
+def make_base(shape, dtype, batch=()):
+    return jax.random.normal(jax.random.key(5), (*batch, *shape), jnp.float32).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("rank", [1, 3, 16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+def test_reconstruct_against_float64(dtype, rank, shape, batch):
+    factors, base = make_factors(*shape, rank, dtype, batch), make_base(shape, dtype, batch)
+    expected = np.asarray(base, np.float64) + 0.5 * product(factors)
+    found = jlora.reconstruct(factors, base, scale=0.5)
+    assert found.dtype == dtype
+    # One rounding to the storage dtype, and the compute dtype's over `rank` terms.
+    tolerance = float(jnp.finfo(dtype).eps) * np.abs(expected).max() + 1e-5
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=tolerance)
+    alone = np.asarray(jlora.reconstruct(factors, dtype=jnp.float32), np.float64)
+    np.testing.assert_allclose(alone, product(factors), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [2, [0, 3], slice(1, 2)], ids=str)
+def test_reconstruct_columns_recomputes_these_alone(columns):
+    factors, base = make_factors(6, 5, 3), make_base((6, 5), jnp.float32)
+    full = jlora.reconstruct(factors, base, scale=2.0)
+    part = jlora.reconstruct(factors, base, scale=2.0, columns=columns)
+    chosen = np.arange(5)[-2:] if columns == 2 else np.arange(5)[columns]
+    kept = np.setdiff1d(np.arange(5), chosen)
+    np.testing.assert_allclose(part[:, chosen], full[:, chosen], rtol=1e-6)
+    assert bool((part[:, kept] == base[:, kept]).all())
+    alone = jlora.reconstruct(factors, scale=2.0, columns=columns)
+    np.testing.assert_allclose(alone, 2 * product(factors)[:, chosen], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_apply_factors_against_float64(dtype, shape):
+    factors, base = make_factors(*shape, 3, dtype), make_base(shape, dtype)
+    x = jax.random.normal(jax.random.key(6), (2, 4, shape[0]), jnp.float32).astype(dtype)
+    weight = np.asarray(base, np.float64) + 0.5 * product(factors)
+    expected = np.asarray(x, np.float64) @ weight
+    found = jlora.apply_factors(x, factors, base, scale=0.5)
+    assert found.dtype == dtype
+    # Rounding of the thin product to the dtype of x, then of the result: some eps of its size.
+    tolerance = 4 * float(jnp.finfo(dtype).eps) * np.abs(expected).max() + 1e-4
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=tolerance)
+    vector = jlora.apply_factors(x[0, 0], factors, base, scale=0.5)
+    np.testing.assert_allclose(
+        np.asarray(vector, np.float64), np.asarray(found[0, 0], np.float64), atol=tolerance
+    )
+
+
+def test_gradients_equal_those_of_the_dense_weight():
+    factors, base = make_factors(6, 5, 3), make_base((6, 5), jnp.float32)
+    x = make_base((4, 6), jnp.float32)
+
+    def dense(x, u, v, base, scale):
+        return jnp.sum(jnp.sin(x @ (base + scale * (u @ v))))
+
+    def thin(x, u, v, base, scale):
+        return jnp.sum(jnp.sin(jlora.apply_factors(x, jlora.Factors(u, v), base, scale=scale)))
+
+    def rebuilt(x, u, v, base, scale):
+        return jnp.sum(jnp.sin(x @ jlora.reconstruct(jlora.Factors(u, v), base, scale=scale)))
+
+    arguments = (x, *factors, base, jnp.float32(0.3))
+    expected = jax.grad(dense, argnums=range(5))(*arguments)
+    for way in (thin, rebuilt):
+        for one, other in zip(jax.grad(way, argnums=range(5))(*arguments), expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_jit_and_vmap_equal_the_loop():
+    factors, base = make_factors(6, 5, 3, batch=(3,)), make_base((6, 5), jnp.float32, (3,))
+    x = make_base((4, 6), jnp.float32, (3,))
+    for call in (
+        lambda x, f, b: jlora.apply_factors(x, f, b, scale=0.5),
+        lambda x, f, b: jlora.reconstruct(f, b, scale=0.5),
+    ):
+        loop = jnp.stack([call(x[i], jax.tree.map(lambda a, i=i: a[i], factors), base[i])
+                          for i in range(3)])  # fmt: skip
+        for way in (call, jax.jit(call), jax.vmap(call)):
+            np.testing.assert_allclose(way(x, factors, base), loop, rtol=1e-5, atol=1e-5)
+
+
+def test_shapes_that_do_not_fit():
+    factors = make_factors(6, 5, 3)
+    with pytest.raises(ValueError, match=r"`base` must have shape \(6, 5\)"):
+        jlora.reconstruct(factors, jnp.ones((5, 6)))
+    with pytest.raises(ValueError, match=r"`base` must have shape \(6, 5\)"):
+        jlora.apply_factors(jnp.ones((2, 6)), factors, jnp.ones((5, 6)))
+    with pytest.raises(ValueError, match=r"`x` must have shape \[..., 6\]"):
+        jlora.apply_factors(jnp.ones((2, 5)), factors)
+    with pytest.raises(TypeError, match="`base` must have a real floating dtype, got int32"):
+        jlora.reconstruct(factors, jnp.ones((6, 5), jnp.int32))
+    with pytest.raises(ValueError, match=r"`columns` must lie in"):
+        jlora.reconstruct(factors, columns=[9])
+
+
+def test_the_example_of_the_article(tmp_path):
+    """Load A, A ≈ U V, domain weights into the last columns of V, reconstruct, save."""
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((24, 16)).astype(np.float32)
+    domain = rng.standard_normal((16, 4)).astype(np.float32)
+    jlora.save_arrays(tmp_path / "a.npy", a)
+    loaded = jlora.load_arrays(tmp_path / "a.npy")["a"]
+    factors = jlora.split_svd(jlora.randomized_svd(loaded, 16, key=jax.random.key(0)), "right")
+    adapted = jlora.reconstruct(jlora.set_columns(factors, 4, domain))
+    jlora.save_arrays(tmp_path / "adapted.npy", adapted)
+    saved = jlora.load_arrays(tmp_path / "adapted.npy")["adapted"]
+    untouched = np.linalg.norm(saved[:, :12] - a[:, :12]) / np.linalg.norm(a[:, :12])
+    assert untouched < 1e-5
+    np.testing.assert_allclose(saved[:, 12:], np.asarray(factors.u) @ domain, atol=1e-4)
