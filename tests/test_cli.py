@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 
@@ -22,7 +23,8 @@ def folder(tmp_path, monkeypatch):
     jlora.save_arrays("many.npz", {"a/q": w, "b/q": w[:, ::-1], "bias": w[0], "k": w[:5]})
     jlora.save_arrays("domain.npy", rng.standard_normal((4, 3)))
     x = rng.standard_normal((200, 20)).astype(np.float32)
-    target = w + 0.1 * rng.standard_normal(w.shape)
+    # In the span of the columns of w, where training V alone can follow.
+    target = w + 0.1 * w @ rng.standard_normal((12, 12))
     np.savez("pairs.npz", x=x, y=x @ target)
     jlora.save_arrays("out.npy", np.zeros(2))
     return tmp_path
@@ -43,18 +45,16 @@ def test_domain_columns(folder, capsys):
     domain = jlora.load_arrays("domain.npy")["domain"]
     np.testing.assert_allclose(out[:, 9:], factors["w.u"] @ domain, atol=1e-5)
     energy = np.sum(best[1][:4] ** 2) / np.sum(best[1] ** 2)
-    change = np.linalg.norm(out - a) / np.linalg.norm(a)
     printed = capsys.readouterr().out
     assert f"w: 20x12, rank 4, energy kept {energy:.4f}, relative error" in printed
-    assert f"change in the weight {change:.3e}" in printed
+    change = float(re.search(r"change in the weight (\S+)", printed)[1])
+    assert change == pytest.approx(np.linalg.norm(out - a) / np.linalg.norm(a), rel=1e-3)
     assert "wrote out.npy: 1 arrays, 0 as before" in printed
 
 
 def test_data_trains_v_and_other_arrays_stay(folder, capsys):
-    command = (
-        "adapt many.npz -o out.safetensors --rank 12 --targets a/q --data pairs.npz --steps 300"
-    )
-    assert run(command) == 0
+    command = "adapt many.npz -o out.safetensors --rank 12 --targets a/q --data pairs.npz"
+    assert run(f"{command} --steps 300") == 0
     old, new = jlora.load_arrays("many.npz"), jlora.load_arrays("out.safetensors")
     assert old.keys() == new.keys()
     for name in ("b/q", "bias", "k"):
@@ -66,9 +66,7 @@ def test_data_trains_v_and_other_arrays_stay(folder, capsys):
 
 
 def test_keep_residual_changes_nothing_else(folder):
-    assert (
-        run("adapt w.npy -o out.npy --rank 4 --columns 3 --domain domain.npy --keep-residual") == 0
-    )
+    assert run(f"adapt w.npy -o out.npy --rank 4 {DOMAIN} --keep-residual") == 0
     a, out = (jlora.load_arrays(f"{name}.npy")[name] for name in ("w", "out"))
     np.testing.assert_allclose(out[:, :9], a[:, :9], atol=1e-5)
 
@@ -110,7 +108,7 @@ DOMAIN = "--columns 3 --domain domain.npy"
         ("w.npy -o out.npy --rank 4 --data domain.npy", "must hold arrays named x and y"),
         (
             "many.npz -o out.npz --rank 4 --data pairs.npz --targets k",
-            "k` must have shape (20, 12)",
+            "`k` must have shape (20,",
         ),
     ],
 )

@@ -76,7 +76,8 @@ def jlora_promotion():
 
 
 def test_no_function_has_the_name_of_a_module():
-    modules = {path.stem for path in MODULES}
+    # cli/ has one file a command, named after it, and nothing in it is imported by users.
+    modules = {path.stem for path in MODULES if room_of(path) != "cli"}
     functions = {name for name in jlora.__all__ if name.islower()}
     assert modules & functions == set()
 

@@ -34,7 +34,7 @@ def test_reconstruct_columns_recomputes_these_alone(columns):
     factors, base = make_factors(6, 5, 3), make_base((6, 5), jnp.float32)
     full = jlora.reconstruct(factors, base, scale=2.0)
     part = jlora.reconstruct(factors, base, scale=2.0, columns=columns)
-    chosen = np.arange(5)[-2:] if columns == 2 else np.arange(5)[columns]
+    chosen = np.arange(5)[-2:] if isinstance(columns, int) else np.arange(5)[columns]
     kept = np.setdiff1d(np.arange(5), chosen)
     np.testing.assert_allclose(part[:, chosen], full[:, chosen], rtol=1e-6)
     assert bool((part[:, kept] == base[:, kept]).all())

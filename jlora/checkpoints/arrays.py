@@ -47,7 +47,8 @@ def load_arrays(path):
     try:
         if suffix == ".npy":
             return {path.stem: _restore_bfloat16(_read_npy(path))}
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here: NumPy leaves the file open when it turns out to be no archive.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: _restore_bfloat16(archive[name]) for name in archive.files}
     except (ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         raise ValueError(
