@@ -26,7 +26,6 @@ def krylov_basis(a, omega, num_blocks, *, key):
     keys = jax.random.split(key, num_blocks)
     basis = jnp.zeros((*batch, m, num_blocks * block), a.dtype)
     products = jnp.zeros((*batch, n, num_blocks * block), a.dtype)
-    omega = jnp.broadcast_to(omega, (*batch, *omega.shape))
 
     def add_block(i, carry):
         basis, products, direction = carry

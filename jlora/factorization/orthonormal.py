@@ -57,7 +57,7 @@ def _normalize_columns(y):
 
 def _perturb(y, noise):
     size = 4 * jnp.finfo(y.dtype).eps / y.shape[-2] ** 0.5
-    return y + size * noise
+    return y + size * jnp.broadcast_to(noise, y.shape)
 
 
 def _shifted_cholesky_qr2(y):
