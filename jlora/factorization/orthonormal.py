@@ -70,7 +70,7 @@ def _cholesky_qr2(y):
 
 def _cholesky_qr(y, shift):
     gram = matmul(y.mT, y)
-    eye = jnp.eye(gram.shape[-1], dtype=y.dtype)
+    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=y.dtype), gram.shape)
     if shift:
         trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
         # The sums behind the Gram matrix err by about eps √m of its trace: less shift than that
@@ -78,7 +78,5 @@ def _cholesky_qr(y, shift):
         size = shift * 0.5 * y.shape[-2] ** 0.5 * jnp.finfo(y.dtype).eps
         gram = gram + size * trace * eye
     lower = jax.lax.linalg.cholesky(gram)
-    inverse = jax.lax.linalg.triangular_solve(
-        lower, jnp.broadcast_to(eye, lower.shape), left_side=True, lower=True
-    )
+    inverse = jax.lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
     return matmul(y, inverse.mT)
