@@ -17,7 +17,7 @@ def make_params(dtype=jnp.float32):
     return {
         "layers": [{"q": normal(12, 8), "bias": jnp.ones(8, dtype)}, {"q": normal(12, 8)}],
         "stack": normal(3, 10, 6),
-        "counter": jnp.arange(3),
+        "counter": jnp.arange(3, dtype=jnp.int32),
     }
 
 

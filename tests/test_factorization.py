@@ -41,7 +41,8 @@ def test_svd_is_orthonormal_sorted_and_near_optimal(decompose, dtype, shape, spe
     assert np.all(np.diff(s) <= 0)
     assert np.all(s >= 0)
     norm = np.linalg.norm(np.asarray(a, np.float64))
-    rounding = 20 * np.finfo(compute).eps * norm
+    # Each of the 10 blocks holds up to 4 eps of noise, put there to make it independent.
+    rounding = 40 * np.finfo(compute).eps * norm
     # Twenty passes or ten: the excess over the optimum on the flat spectra is below 2 %.
     assert residual(a, svd) <= 1.02 * optimal_error(a, rank) + rounding
     exact = np.linalg.svd(np.asarray(a, np.float64), compute_uv=False)[:rank]
