@@ -17,20 +17,23 @@ class Progress:
         self._every = every
         self._start = time.perf_counter()
         self._done = 0
+        self._last_look = self._start
         on_terminal = self._enabled and self._stream.isatty()
         self._bar = (
-            tqdm.tqdm(total=total, desc=description, file=self._stream, leave=False)
+            tqdm.tqdm(total=total, desc=description, file=self._stream, leave=False, unit=" steps")
             if on_terminal
             else None
         )
 
-    @property
-    def every(self):
-        return self._every
+    def is_due(self, num_waiting):
+        """Say whether to look at what the device has done: a bar wants to move twice a second."""
+        waited = time.perf_counter() - self._last_look
+        return num_waiting >= self._every or (self._bar is not None and waited > 0.5)
 
     def advance(self, count, text=""):
         """Count `count` more steps as done, and show `text` beside them."""
         self._done += count
+        self._last_look = time.perf_counter()
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(count)

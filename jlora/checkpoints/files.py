@@ -14,10 +14,18 @@ def replace_file(path):
     path = pathlib.Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with _create(temporary, path) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _create(temporary, path):
+    try:
+        return open(temporary, "xb")
+    except OSError as error:
+        # Named after the file that was asked for; the temporary one means nothing to a reader.
+        raise type(error)(error.errno, error.strerror, str(path)) from None

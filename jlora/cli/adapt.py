@@ -1,6 +1,5 @@
 """`jlora adapt`: factorise the matrices of a file, change V, write them back."""
 
-import argparse
 import dataclasses
 import os
 import re
@@ -32,23 +31,37 @@ def add_parser(commands):
             "Each matching matrix A [m, n] becomes U V of the given rank, V is changed, and "
             "A' = U V is written in its place. Everything else in the file is copied."
         ),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
+    add, default = parser.add_argument, "(default: %(default)s)"
     add("weights", metavar="WEIGHTS", help=".npy, .npz or .safetensors file")
     add("-o", "--output", metavar="OUT", required=True, help="file to write, any of the formats")
     add("--rank", type=int, required=True, help="columns of U")
-    add("--targets", default=".*", metavar="REGEX", help="adapt matrices whose name matches")
+    add(
+        "--targets",
+        default=".*",
+        metavar="REGEX",
+        help=f"adapt matrices whose name matches {default}",
+    )
     add("--columns", type=int, metavar="K", help="set the last K columns of V, from --domain")
     add("--domain", metavar="FILE", help="array [rank, K] for the last K columns of V")
     add("--data", metavar="PAIRS.npz", help="x [N, m] and y [N, n]: train V so that x A' meets y")
     add("--split", choices=("balanced", "left", "right"), default="right",
-        help="where the singular values go; right: U orthonormal")  # fmt: skip
+        help=f"where the singular values go; right: U orthonormal {default}")  # fmt: skip
     add("--keep-residual", action="store_true", help="A' = A - U V + U V', not U V'")
     add("--factors", metavar="FILE", help="also write NAME.u and NAME.v of each matrix here")
-    add("--steps", type=int, default=500, help="training steps with --data")
-    add("--learning-rate", type=float, default=1e-2, help="of Adam, relative to the scale of V")
-    add("--seed", type=int, default=0, help="of the random projections and of the batches")
+    add("--steps", type=int, default=500, help=f"training steps with --data {default}")
+    add(
+        "--learning-rate",
+        type=float,
+        default=1e-2,
+        help=f"of Adam, relative to the scale of V {default}",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help=f"of the random projections and of the batches {default}",
+    )
     return parser
 
 

@@ -30,10 +30,10 @@ class DemoSettings(NamedTuple):
     rank: int = 32
     num_eval_batches: int = 16
     pretrain_rate: float = 4e-3
-    # Set by hand, not searched: the table shows the ways at work, it does not rank them.
-    v_only_rate: float = 1e-2
-    lora_rate: float = 1e-2
-    full_rate: float = 3e-3
+    # Each the best of a search in steps of 1.3 to 2, by the held-out loss in the new domain.
+    v_only_rate: float = 5e-3
+    lora_rate: float = 1.3e-2
+    full_rate: float = 2.3e-3
 
 
 class DemoRow(NamedTuple):
@@ -99,7 +99,7 @@ def _run_way(name, tree, also_train, rate, settings, loss, domain, held_out, pro
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
     state, _ = init_train(tree, optimizer, also_train=also_train)
     cost = measure_cost(state)
-    train = functools.partial(fit, loss, tree, optimizer, also_train=also_train, log_every=200)
+    train = functools.partial(fit, loss, tree, optimizer, also_train=also_train)
     train(_sample(settings, domain, 2, seed=2), progress=False)  # compiles, outside the clock
     start = time.perf_counter()
     result = train(_sample(settings, domain, steps, seed=1), num_steps=steps, progress=progress)

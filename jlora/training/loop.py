@@ -68,7 +68,7 @@ def fit(
         num_steps: most steps to take, ≥ 1. None: as many as there are batches.
         also_train: as in `split_trainable`.
         progress: None: a bar on a terminal, plain lines elsewhere. False: neither.
-        log_every: steps between two looks at the loss.
+        log_every: most steps between two looks at the loss; a bar looks twice a second.
 
     Returns:
         `FitResult`.
@@ -191,13 +191,13 @@ def train_step(loss, optimizer, state, frozen, batch):
 
 
 def _run(loss, optimizer, state, frozen, batches, num_steps, bar):
-    """Step through the batches; look at the device only every `bar.every` steps."""
+    """Step through the batches; look at the device only when the bar is due."""
     losses, pending = [], []
     for count, batch in enumerate(batches, start=1):
         state, value = train_step(loss, optimizer, state, frozen, batch)
         pending.append(value)
         last = count == num_steps
-        if len(pending) == bar.every or last:
+        if bar.is_due(len(pending)) or last:
             losses += jax.device_get(pending)
             bar.advance(len(pending), f"loss {losses[-1]:.4g}")
             pending = []
