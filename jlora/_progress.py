@@ -3,8 +3,6 @@
 import sys
 import time
 
-import tqdm
-
 
 class Progress:
     """Reports steps of one job on stderr; `enabled=None` means a bar only on a terminal."""
@@ -18,12 +16,14 @@ class Progress:
         self._start = time.perf_counter()
         self._done = 0
         self._last_look = self._start
-        on_terminal = self._enabled and self._stream.isatty()
-        self._bar = (
-            tqdm.tqdm(total=total, desc=description, file=self._stream, leave=False, unit=" steps")
-            if on_terminal
-            else None
-        )
+        self._bar = None
+        if self._enabled and self._stream.isatty():
+            # Imported where it is used: importing jlora is to cost next to nothing.
+            import tqdm
+
+            self._bar = tqdm.tqdm(
+                total=total, desc=description, file=self._stream, leave=False, unit=" steps"
+            )
 
     def is_due(self, num_waiting):
         """Say whether to look at what the device has done: a bar wants to move twice a second."""
@@ -52,4 +52,6 @@ class Progress:
 
 def report(text):
     """Write one line to stderr without breaking a bar that is being drawn."""
+    import tqdm
+
     tqdm.tqdm.write(text, file=sys.stderr)
