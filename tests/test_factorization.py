@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 import jlora
+from benchmarks.matrices import SPECTRA, make_spiked
 from jlora.factorization.orthonormal import householder, orthonormalize
-from tests.matrices import SPECTRA, optimal_error, orthonormality, residual, spiked
+from tests.accuracy import optimal_error, orthonormality, residual
 
 X64 = jax.config.jax_enable_x64
 DTYPES = [jnp.float32, jnp.bfloat16, *([jnp.float64] if X64 else [])]
@@ -92,7 +93,7 @@ def test_batch_jit_and_vmap_equal_the_loop(decompose):
 
 
 def test_same_key_same_bits_and_other_key_same_subspace():
-    a = jnp.asarray(spiked(np.random.default_rng(3), 256, 256), jnp.float32)
+    a = jnp.asarray(make_spiked(np.random.default_rng(3), 256, 256), jnp.float32)
     one, again, other = (
         jlora.randomized_svd(a, 12, key=jax.random.key(seed)) for seed in (0, 0, 1)
     )
@@ -102,7 +103,7 @@ def test_same_key_same_bits_and_other_key_same_subspace():
 
 
 def test_odd_number_of_passes():
-    a = jnp.asarray(spiked(np.random.default_rng(4), 256, 200), jnp.float32)
+    a = jnp.asarray(make_spiked(np.random.default_rng(4), 256, 200), jnp.float32)
     errors = [
         residual(a, jlora.randomized_svd(a, 12, key=KEY, num_passes=p, block_size=12))
         for p in (4, 5, 6)
