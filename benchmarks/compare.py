@@ -11,6 +11,7 @@ MIN_CHANGE = 0.25  # of the time; less is never called a change
 # One or two runs have no quartiles to speak of. Twice as slow must still be seen.
 FEW_RUNS, MIN_CHANGE_FEW = 3, 0.6
 FEW_PROXIES = 3  # of the machine's mood
+QUIET = 0.5  # cores that others keep busy
 ERROR_GROWTH, ERROR_STEP = 2.0, 1e-5  # both must be exceeded
 
 
@@ -46,11 +47,11 @@ def is_regression(row):
 def compare_records(before, after):
     """Return (rows, regressions) of two lists of records, matched by key.
 
-    Two processes on one machine differ by its mood. The median change of what is not jlora's,
-    peers and limits compiled by JAX (or all, if those are few), is taken for the machine's. A
-    record is slower when its ratio of medians, corrected by that, exceeds 1 + its noise, and even
-    its fastest run is slower than the upper quartile before. The noise is the largest of 0.25,
-    both spreads, the scatter of the changes of the others, and what busy cores can cost.
+    Two processes on one machine differ by its mood. The median change of what is not jlora's, the
+    peers and the limits, is taken for the machine's. A record is slower when its ratio of medians,
+    corrected by that, exceeds 1 + its noise, and even its fastest run is slower than the upper
+    quartile before. The noise is 0.25 or both spreads or, where that is more, the scatter of the
+    changes of the others times what busy cores can cost.
 
     Raises:
         ValueError: the two were measured on different devices or numbers of threads.
@@ -95,20 +96,31 @@ def _index_newest(records):
 
 
 def _find_drift(pairs):
-    """Return the `Drift` of pairs of records; its noise is two standard deviations of the log.
-
-    Programs compiled by JAX, as jlora's are, suffer as jlora's do. The thread pools of NumPy and
-    torch got 50 times slower beside one other busy process that cost the former a tenth.
-    """
-    compiled = [(before, after) for before, after in pairs if after["compile_ms"] is not None]
-    pairs = compiled if len(compiled) >= FEW_PROXIES else pairs
+    """Return the `Drift` of pairs of records; its noise is two standard deviations of the log."""
+    pairs = _choose_proxies(pairs)
     if not pairs:
         return Drift()
     logs = [math.log(find_time(after).median / find_time(before).median) for before, after in pairs]
     middle = statistics.median(logs)
-    # From the median distance: a peer whose threads were starved tells nothing of the others.
+    # From the median distance: one peer whose threads were starved tells nothing of the others.
     deviation = 1.4826 * statistics.median(abs(log - middle) for log in logs)
     return Drift(math.exp(middle), math.expm1(2 * deviation), len(pairs))
+
+
+def _choose_proxies(pairs):
+    """Return the pairs that tell best how the machine treats programs like jlora's.
+
+    Beside one other busy process a program compiled by JAX took up to twice its time, and torch,
+    NumPy and SciPy up to 100 times theirs.
+    """
+    compiled = [pair for pair in pairs if pair[1]["compile_ms"] is not None]
+    quiet = [pair for pair in pairs if max(map(_count_others, pair)) <= QUIET]
+    both = [pair for pair in compiled if pair in quiet]
+    return next((each for each in (both, quiet, compiled) if len(each) >= FEW_PROXIES), pairs)
+
+
+def _count_others(record):
+    return record["others_cores"] or 0.0
 
 
 def _compare_pair(key, before, after, drift):
@@ -121,9 +133,11 @@ def _compare_pair(key, before, after, drift):
         return Row(key, after["role"], verdict, drift=drift, reason=reason)
     times = find_time(before), find_time(after)
     ratio = times[1].median / times[0].median
+    disturbance = max(_find_disturbance(before), _find_disturbance(after))
     row = Row(
         key, after["role"], "unchanged", *times, ratio, ratio / drift.factor,
-        _find_tolerance(*times, drift, _find_disturbance(before, after)), _pair_errors(before, after), drift,
+        _find_tolerance(*times, (1 + drift.noise) * (1 + disturbance) - 1),
+        _pair_errors(before, after), drift,
     )  # fmt: skip
     return row._replace(verdict=_judge(row, before["times_ms"], after["times_ms"]))
 
@@ -135,22 +149,20 @@ def _describe_missing(before, after):
     return after["status"] + where, after["reason"]
 
 
-def _find_tolerance(before, after, drift, disturbance):
+def _find_tolerance(before, after, noise_between):
     spreads = [(each.upper - each.lower) / each.median for each in (before, after)]
     few = min(before.count, after.count) < FEW_RUNS
-    least = MIN_CHANGE_FEW if few else MIN_CHANGE
-    return max(least, math.hypot(*spreads), drift.noise, disturbance)
+    return max(MIN_CHANGE_FEW if few else MIN_CHANGE, math.hypot(*spreads), noise_between)
 
 
-def _find_disturbance(before, after):
-    """Return how much slower other processes can have made one of two records.
+def _find_disturbance(record):
+    """Return by what part of its time other processes can have slowed a record.
 
-    A program waits for its slowest thread: one core shared with one process halves the speed,
-    and more processes do no worse until each core is shared.
+    A program waits for its slowest thread: one core shared with one process doubles the time, and
+    more processes do no worse until each core is shared.
     """
-    others = [record["others_cores"] or 0.0 for record in (before, after)]
-    threads = after["host"]["threads"]
-    return max(min(cores, max(1.0, cores / threads)) for cores in others)
+    others = _count_others(record)
+    return min(others, max(1.0, others / record["host"]["threads"]))
 
 
 def _pair_errors(before, after):
@@ -182,7 +194,7 @@ def format_comparison(rows):
     if not rows:
         return "no records"
     lines = [
-        *_describe_drift(rows[0].drift),
+        *_describe_noise(rows),
         "ratio: B/A of the medians, raw and corrected by the drift; noise: a change up to it",
     ]
     width = max(len(row.key[3]) for row in rows)
@@ -203,15 +215,20 @@ def format_comparison(rows):
     return "\n".join([*lines, "", ", ".join(counts), *regressions])
 
 
-def _describe_drift(drift):
+def _describe_noise(rows):
+    drift = rows[0].drift
     if not drift.count:
         return ["machine drift unknown: no peer or limit was measured in both; none is corrected"]
     lines = [
         f"machine drift {drift.factor:.2f}, the median of {drift.count} peers and limits; "
         f"{drift.noise:.0%} between them is noise"
     ]
-    if drift.noise >= 1:
-        lines.append("warning: too unsteady to tell half the speed; measure on an idle machine")
+    tolerances = [row.tolerance for row in rows if row.role == "jlora" and row.tolerance]
+    if hidden := sum(tolerance >= 1 for tolerance in tolerances):
+        lines.append(
+            f"warning: too noisy to tell half the speed in {hidden} of {len(tolerances)} records "
+            "of jlora; measure on an idle machine"
+        )
     return lines
 
 

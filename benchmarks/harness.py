@@ -149,7 +149,7 @@ def _run_in_turns(prepared, level):
         planned[contender] = max(1, min(int(level.seconds / max(seconds, 1e-9)), most))
         if counts:
             planned[contender] = 0
-            times[contender].append((0, 1e3 * seconds))
+            times[contender].append((-1, 1e3 * seconds))  # not in turn with the others
     for number in range(max(planned.values(), default=0)):
         for contender, (ready, *_) in prepared.items():
             if number < planned[contender]:
@@ -235,7 +235,7 @@ def prepare_jax(function, *arrays, donate=()):
 
     memory = compiled.memory_analysis()
     temporary = getattr(memory, "temp_size_in_bytes", None)
-    total = temporary and (
+    total = None if temporary is None else (
         temporary + memory.argument_size_in_bytes + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
     )  # fmt: skip

@@ -34,6 +34,9 @@ to the fastest peer whose error is no larger than 1.05 times jlora's plus 1e-6, 
 fastest of all. The floor is the time that the least flops and bytes of the operation take at the
 limits measured in the same run. Peak memory is that of one compiled program: arguments, results
 and temporaries."""
+_BUSY_MARK = "‡"
+# Said in the README too: the thread pools of torch and BLAS suffer most, which flatters jlora.
+_BUSY = f"{_BUSY_MARK} Other processes kept a core busy meanwhile, which slows some peers most."
 _ACROSS_RUNS = "† of two runs: the medians are divided, and the machine may have changed between."
 
 
@@ -100,7 +103,7 @@ def _list_warnings(records):
         )
     if busy := [record for record in records if is_measured(record) and _was_busy(record)]:
         load = max(record["load"] for record in busy)
-        others = max(record["others_cores"] or 0 for record in busy)
+        others = _count_others(busy)
         warnings.append(
             f"{len(busy)} of {len(records)} records were measured beside other work: "
             f"the load average was up to {load:g}, others kept up to {others:g} cores busy."
@@ -110,7 +113,11 @@ def _list_warnings(records):
 
 def _was_busy(record):
     too_much = record["host"]["threads"] + LOAD_MARGIN
-    return record["load"] > too_much or (record["others_cores"] or 0) > OTHERS_CORES
+    return record["load"] > too_much or _count_others([record]) > OTHERS_CORES
+
+
+def _count_others(records):
+    return max(record["others_cores"] or 0 for record in records)
 
 
 def _show_plots(plots):
@@ -125,7 +132,7 @@ def _make_tables(records):
     for problem in dict.fromkeys(map(name_problem, records)):
         of_case = [record for record in records if name_problem(record) == problem]
         measured = [record for record in of_case if is_measured(record)]
-        others = max(record["others_cores"] or 0 for record in of_case)
+        others = _count_others(of_case)
         busy = f" — others kept {others:g} cores busy" if others > OTHERS_CORES else ""
         parts.append(f"**{problem[2]}**{busy}")
         if measured:
@@ -191,7 +198,8 @@ def make_main_table(records):
         record = found[case["name"], DEFAULT]
         times = [found.get((case["name"], name)) for name in (DEFAULT, *peers)]
         rows.append([
-            case["name"], *map(_format_time_and_error, times),
+            case["name"] + (_BUSY_MARK if _count_others([record]) > OTHERS_CORES else ""),
+            *map(_format_time_and_error, times),
             *(_format_short_ratio(record, list(found.values()), exact) for exact in (True, False)),
         ])  # fmt: skip
     header = ["case", DEFAULT, *peers, "jlora × fastest peer as exact", "jlora × fastest peer"]
@@ -224,14 +232,16 @@ def make_readme_block(records):
     more = f" ({left_out} more cases are there)" if left_out else ""
     kind = re.sub(r"[^a-z0-9]+", "-", svds[0]["device"]["kind"].lower()).strip("-")
     report = f"benchmarks/results/{kind}/report"
+    table = make_main_table(svds)
+    busy = f"\n{_BUSY}\n" if _BUSY_MARK in table else ""
     return f"""\
 Truncated SVD on {describe_machine(svds)}; commit {describe_commits(svds)}, {describe_dates(svds)}.
 Each cell: median ms, then the excess error ‖a − u s vt‖ / ‖a − a_k‖ − 1 over the optimum. The last
 columns: the time of jlora over that of a peer, below 1 where jlora is faster; as exact means an
 error of at most 1.05 times jlora's plus 1e-6.
 
-{make_main_table(svds)}
-
+{table}
+{busy}
 ![Time against excess error of jlora's settings and its peers]({report}/frontier.png)
 
 Every table, with quartiles, memory and compile times: [report]({report}/report.md){more}.

@@ -8,6 +8,9 @@ from jlora.adaptation.lifting import on_merged
 from jlora.adaptation.plan import Plan, PlanEntry, Rule, make_plan
 from jlora.adaptation.tree import AdaptedWeight, adapt, join, linear, merge, split_trainable
 from jlora.checkpoints.arrays import load_arrays, save_arrays
+from jlora.factorization.adaptive import AdaptiveSVD, adaptive_svd
+from jlora.factorization.error import estimate_error, estimate_sketch_error
+from jlora.factorization.gradient import low_rank_approximation
 from jlora.factorization.svd import randomized_svd, truncated_svd
 from jlora.factors import SVD, Factors, split_svd
 from jlora.reconstruction.apply import apply_factors
@@ -21,7 +24,8 @@ __version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022 (in the order of the rooms)
     "SVD", "Factors", "split_svd",
-    "randomized_svd", "truncated_svd",
+    "randomized_svd", "truncated_svd", "adaptive_svd", "AdaptiveSVD", "low_rank_approximation",
+    "estimate_error", "estimate_sketch_error",
     "set_columns", "recompress", "balance",
     "reconstruct", "apply_factors",
     "Rule", "Plan", "PlanEntry", "make_plan",

@@ -72,7 +72,7 @@ def split_svd(svd, how="balanced"):
         [[2.0, 0.0]]
     """
     _checks.check_choice(how, ("balanced", "left", "right"), "how")
-    u, s, vt = _check_svd(svd)
+    u, s, vt = check_svd(svd)
     if how == "left":
         return Factors(u * s[..., None, :], vt)
     if how == "right":
@@ -81,19 +81,20 @@ def split_svd(svd, how="balanced"):
     return Factors(u * root[..., None, :], root[..., :, None] * vt)
 
 
-def _check_svd(svd):
+def check_svd(svd, name="svd"):
+    """Return the three arrays of `svd` after checking that they belong together."""
     if not (isinstance(svd, tuple) and len(svd) == 3):
         raise TypeError(
-            f"`svd` must be a triple SVD(u, s, vt), got {type(svd).__name__}. "
+            f"`{name}` must be a triple SVD(u, s, vt), got {type(svd).__name__}. "
             "Make one with jlora.randomized_svd or jlora.truncated_svd."
         )
-    u = _checks.check_matrix(svd[0], "svd.u")
-    s = _checks.check_array(svd[1], "svd.s")
-    vt = _checks.check_matrix(svd[2], "svd.vt")
+    u = _checks.check_matrix(svd[0], f"{name}.u")
+    s = _checks.check_array(svd[1], f"{name}.s")
+    vt = _checks.check_matrix(svd[2], f"{name}.vt")
     fits = u.shape[:-2] + u.shape[-1:] == s.shape == vt.shape[:-1]
     if not fits:
         raise ValueError(
-            "`svd` must have u [..., m, r], s [..., r] and vt [..., r, n], "
+            f"`{name}` must have u [..., m, r], s [..., r] and vt [..., r, n], "
             f"got {u.shape}, {s.shape} and {vt.shape}. Check that they belong together."
         )
     return u, s, vt

@@ -76,7 +76,7 @@ def test_a_deep_model_is_adapted_in_turns():
 
 def test_whole_models_are_initialised_near_the_optimum():
     pytest.importorskip("threadpoolctl", reason="the float64 spectrum needs threadpoolctl")
-    group = adaptation.make_model_group(128, 2, 4, "float32", is_full=True)
+    group = adaptation.make_model_group(64, 1, 4, "float32", is_full=True)
     found = measure(group)
     assert {"jlora adapt", "jlora adapt, stacked"} <= set(found)
     for name, errors in found.items():

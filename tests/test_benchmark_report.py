@@ -227,6 +227,16 @@ def test_readme_block_is_replaced_between_its_markers(tmp_path):
         )
     assert "](benchmarks/results/cpu/report/frontier.png)" in block
     assert make_main_table(make_run()) in block
+    assert "‡" not in block
+
+
+def test_readme_block_marks_cases_that_were_disturbed():
+    records = make_run()
+    for record in records[:7]:
+        record["others_cores"] = 0.9
+    block = make_readme_block(records)
+    assert f"| {SQUARE.name}‡ |" in block
+    assert block.count("‡") == 2
 
 
 @pytest.mark.parametrize(
@@ -325,7 +335,7 @@ def test_compare_trusts_its_peers_on_how_noisy_two_runs_are():
             ).tolist()
     rows, regressions = compare_records(before, after)
     assert not regressions
-    assert "warning: too unsteady" in format_comparison(rows)
+    assert "warning: too noisy to tell half the speed in 6 of 6" in format_comparison(rows)
 
 
 def test_compare_prefers_peers_compiled_like_jlora():
@@ -350,6 +360,17 @@ def test_compare_allows_for_busy_cores(others, factor, num_slower):
     for record in after:
         record["others_cores"] = others
     assert len(compare_records(before, after)[1]) == num_slower
+
+
+def test_compare_takes_the_drift_from_quiet_groups():
+    before, after = make_run(seed=1), make_run(seed=2, ours=2.0)
+    for record in after:
+        if record["role"] != "limit" and record["case"]["name"] != SQUARE.name:
+            record["others_cores"] = 1.0
+            record["times_ms"] = [2.0 * milliseconds for milliseconds in record["times_ms"]]
+    rows, regressions = compare_records(before, after)
+    assert rows[0].drift.factor == pytest.approx(1.0, rel=0.1)
+    assert {row.key[2] for row in regressions} >= {SQUARE.name}
 
 
 @pytest.mark.parametrize(

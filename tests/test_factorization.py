@@ -111,21 +111,24 @@ def test_odd_number_of_passes():
     assert errors[0] > errors[1] > errors[2]
 
 
+def random_rows(rng, rows, columns):
+    return np.linalg.qr(rng.standard_normal((columns, rows)))[0].T
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
 @pytest.mark.parametrize("condition", [1e1, 1e3, 1e5, 1e7])
-def test_orthonormalize_spans_what_householder_spans(condition):
+def test_orthonormalize_spans_what_householder_spans(condition, scale):
     rng = np.random.default_rng(5)
-    columns = np.geomspace(1, 1 / condition, 16)
-    y = np.linalg.qr(rng.standard_normal((500, 16)))[0] * columns
-    y = y @ np.linalg.qr(rng.standard_normal((16, 16)))[0]
-    y = jnp.asarray(y, jnp.float32)
-    noise = jnp.asarray(rng.standard_normal((500, 16)), jnp.float32)
+    y = scale * np.geomspace(1, 1 / condition, 16)[:, None] * random_rows(rng, 16, 500)
+    y = jnp.asarray(random_rows(rng, 16, 16) @ y, jnp.float32)
+    noise = jnp.asarray(rng.standard_normal((16, 500)), jnp.float32)
     basis = orthonormalize(y, noise)
-    assert orthonormality(basis) < 1e-5
-    left = np.asarray(y) - np.asarray(basis) @ (np.asarray(basis).T @ np.asarray(y))
-    # Dependent columns get 4 eps of noise, which hides what is smaller than that.
+    assert orthonormality(basis.mT) < 1e-5
+    left = np.asarray(y, np.float64) - (np.asarray(y) @ np.asarray(basis).T) @ np.asarray(basis)
+    # Dependent rows get 4 eps of noise, which hides what is smaller than that.
     assert np.linalg.norm(left) < 1e-5 * np.linalg.norm(y)
     if condition < 1e4:
-        overlap = np.linalg.svd(np.asarray(householder(y)).T @ np.asarray(basis), compute_uv=False)
+        overlap = np.linalg.svd(np.asarray(householder(y)) @ np.asarray(basis).T, compute_uv=False)
         assert overlap.min() > 1 - 1e-3
 
 

@@ -99,12 +99,14 @@ def test_import_loads_no_extra_and_adds_at_most_a_tenth():
     run_python(ours)  # writes the byte code
     # Processor time, which a busy machine hardly moves; the least of several, as noise only adds.
     least = {plain: float("inf"), ours: float("inf")}
-    for _ in range(8):
+    for repetition in range(24):
         for code, seconds in least.items():
             start = measure_children_seconds()
             run_python(code)
             least[code] = min(seconds, measure_children_seconds() - start)
-    assert least[ours] <= 1.1 * least[plain]
+        if repetition >= 4 and least[ours] <= 1.1 * least[plain]:
+            return
+    pytest.fail(f"import jlora takes {least[ours]:.3f} s, jax and optax {least[plain]:.3f} s")
 
 
 def measure_children_seconds():

@@ -5,8 +5,6 @@ The library's own NumPy reader knows no bfloat16, so the bytes are viewed here.
 
 import ml_dtypes
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 _DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -19,6 +17,8 @@ _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
 def read_safetensors(path):
     """Return {name: array} of a file. ValueError names the file and what is wrong."""
+    import safetensors  # where it is used: importing jlora is to cost next to nothing
+
     with open(path, "rb") as file:
         content = file.read()
     try:
@@ -33,6 +33,8 @@ def read_safetensors(path):
 
 def write_safetensors(file, arrays):
     """Write {name: array} to an open binary file."""
+    import safetensors.numpy
+
     entries = {}
     for name, array in arrays.items():
         if array.dtype not in _NAMES:

@@ -1,53 +1,90 @@
-"""Randomised block Krylov iteration, and the decomposition of what either iteration captured.
+"""Randomised block Krylov: Golub-Kahan bidiagonalisation in blocks, fully reorthogonalised.
 
-Source: Musco and Musco, "Randomized block Krylov methods for stronger and faster approximate
-singular value decomposition", 2015; Tropp and Webber, "Randomized algorithms for low-rank matrix
-approximation", 2023. Differs: products with the transpose are kept, so that no final pass is
-needed, and each block is normalised between its projections.
+Source: Golub, Luk, Overton, "A block Lanczos method for computing the singular values and
+corresponding singular vectors of a matrix", 1981; Musco and Musco, "Randomized block Krylov
+methods for stronger and faster approximate singular value decomposition", 2015. Differs: both
+bases are projected twice, a block that is exhausted goes on with random directions, and the small
+matrix in the middle holds all coefficients rather than the band that exact arithmetic leaves.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jlora._numerics import matmul
 from jlora.factorization.orthonormal import orthonormalize, orthonormalize_against
+from jlora.factorization.products import multiply, multiply_transposed
 from jlora.factorization.sketch import gaussian_sketch
-from jlora.factors import SVD
+
+# Buffers are static; the loop is cut in three, so that its first steps project on a part of them.
+_NUM_SEGMENTS = 3
 
 
-def krylov_basis(a, omega, num_blocks, *, key):
-    """Return (basis [..., m, L], aᵀ basis [..., n, L]) with L = num_blocks * omega's width.
+class Bidiagonal(NamedTuple):
+    """a ≈ leftᵀ core right; what is not filled yet is zero."""
 
-    Two passes a block. The buffers are static and start as zeros; a column that is still zero
-    takes no part in a projection, so one loop body serves every block.
+    left: jax.Array  # [..., L, m], orthonormal rows
+    core: jax.Array  # [..., L, L + b]
+    right: jax.Array  # [..., L + b, n], orthonormal rows
+
+
+def krylov_factors(a, omega, num_blocks, *, key):
+    """Return the `Bidiagonal` of a after 2 * num_blocks passes, from omega [..., b, n]."""
+    block = omega.shape[-2]
+    noise = draw_noise(key, a, omega, num_blocks)
+    factors = start_bidiagonal(a, omega, num_blocks, noise)
+
+    done = 0
+    for segment in range(1, _NUM_SEGMENTS + 1):
+        until = num_blocks * segment // _NUM_SEGMENTS
+
+        def step(i, factors, width=until * block):
+            return add_block(a, factors, i, block, noise, width)
+
+        factors = jax.lax.fori_loop(done, until, step, factors)
+        done = until
+    return factors
+
+
+def draw_noise(key, a, omega, num_blocks):
+    """Return the noise of all blocks, [..., b, m + n + num_blocks]; block i starts at column i.
+
+    Shifted by one column, it is as good as drawn anew, and costs nothing.
     """
-    block = omega.shape[-1]
+    block = omega.shape[-2]
+    noise = gaussian_sketch(key, block, a.shape[-2] + a.shape[-1] + num_blocks, omega.dtype)
+    return jnp.broadcast_to(noise, (*a.shape[:-2], *noise.shape))
+
+
+def start_bidiagonal(a, omega, num_blocks, noise):
+    """Return the `Bidiagonal` with only its first right block."""
     batch, (m, n) = a.shape[:-2], a.shape[-2:]
-    keys = jax.random.split(key, num_blocks)
-    basis = jnp.zeros((*batch, m, num_blocks * block), a.dtype)
-    products = jnp.zeros((*batch, n, num_blocks * block), a.dtype)
-
-    def add_block(i, carry):
-        basis, products, direction = carry
-        noise = gaussian_sketch(keys[i], m + n, block, a.dtype)
-        new = orthonormalize_against(basis, matmul(a, direction), noise[:m])
-        product = matmul(a.mT, new)
-        start = i * block
-        basis = jax.lax.dynamic_update_slice_in_dim(basis, new, start, axis=-1)
-        products = jax.lax.dynamic_update_slice_in_dim(products, product, start, axis=-1)
-        return basis, products, orthonormalize(product, noise[m:])
-
-    basis, products, _ = jax.lax.fori_loop(0, num_blocks, add_block, (basis, products, omega))
-    return basis, products
+    block = omega.shape[-2]
+    width = num_blocks * block
+    right = jnp.zeros((*batch, width + block, n), omega.dtype)
+    right = _put_rows(right, orthonormalize(omega, noise[..., m : m + n]), 0)
+    left = jnp.zeros((*batch, width, m), omega.dtype)
+    return Bidiagonal(left, jnp.zeros((*batch, width, width + block), omega.dtype), right)
 
 
-def decompose_captured(basis, products, rank, noise):
-    """Return the SVD of basis @ productsᵀ cut to `rank`, without forming it.
+def add_block(a, factors, i, block, noise, width):
+    """Return the `Bidiagonal` with block i added: two passes. Blocks lie within `width` rows."""
+    m, n = a.shape[-2:]
+    fresh = jax.lax.dynamic_slice_in_dim(noise, i, m + n, axis=-1)
+    left, core, right = factors
+    start = i * block
+    direction = jax.lax.dynamic_slice_in_dim(right, start, block, axis=-2)
+    new, _ = orthonormalize_against(left[..., :width, :], multiply(a, direction), fresh[..., :m])
+    product = multiply_transposed(a, new)
+    seen = right[..., : width + block, :]
+    following, coefficients = orthonormalize_against(seen, product, fresh[..., m:])
+    padding = [(0, 0)] * (core.ndim - 1) + [(0, core.shape[-1] - width - block)]
+    core = _put_rows(core, jnp.pad(coefficients, padding), start)
+    corner = (*[0] * (core.ndim - 2), start, start + block)
+    core = jax.lax.dynamic_update_slice(core, matmul(product, following.mT), corner)
+    return Bidiagonal(_put_rows(left, new, start), core, _put_rows(right, following, start + block))
 
-    products = p r with p orthonormal, so basis productsᵀ = basis rᵀ pᵀ and the small matrix r
-    has all the singular values.
-    """
-    p = orthonormalize(products, noise)
-    left, s, right = jnp.linalg.svd(matmul(p.mT, products), full_matrices=False)
-    u = matmul(basis, right[..., :rank, :].mT)
-    return SVD(u, s[..., :rank], matmul(p, left[..., :rank]).mT)
+
+def _put_rows(buffer, rows, start):
+    return jax.lax.dynamic_update_slice_in_dim(buffer, rows, start, axis=-2)

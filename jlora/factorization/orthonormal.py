@@ -1,8 +1,10 @@
 """Orthonormal bases: the CholeskyQR family, and Householder as the oracle.
 
-CholeskyQR is made of products and l×l Cholesky factors, which every backend batches; a tall
-QR is a loop over the batch on CUDA. The inverse of the small factor is formed and multiplied
-in, because an m×l triangular solve is slower and gathers a sharded basis.
+A basis is stored as rows, [..., l, m]: that is the layout in which products with a row-major
+matrix are fast on a CPU, and no other backend minds. CholeskyQR is made of matrix products and
+l×l Cholesky factors, which every backend batches; a tall QR is a loop over the batch on CUDA.
+The inverse of the small factor is formed and multiplied in, because a wide triangular solve is
+slower and gathers a sharded basis.
 
 Source: Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, "Shifted Cholesky QR", 2020.
 Differs: the shift is eps √m / 2 * trace(G); the published one is too large to be of use in float32.
@@ -15,68 +17,97 @@ from jlora._numerics import matmul, power_of_two_scale, safe_divide
 
 
 def orthonormalize(y, noise):
-    """Return orthonormal columns whose span holds that of y, [..., m, l] with l ≤ m.
+    """Return orthonormal rows whose span holds that of y, [..., l, m] with l ≤ m.
 
-    `noise` [m, l] is standard normal. A trace of it (4 eps of each column) makes dependent and
-    zero columns independent, so that rank-deficient input gets a full basis too.
+    `noise` [..., l, m] is standard normal. A trace of it (4 eps of each row) makes dependent and
+    zero rows independent, so that rank-deficient input gets a full basis too.
     """
-    return _cholesky_qr2(_shifted_cholesky_qr2(_perturb(_normalize_columns(y), noise)))
+    y = _normalize_rows(y / power_of_two_scale(y))
+    y = _normalize_rows(_perturb(y, noise))
+    return _cholesky_qr2(_shifted_cholesky_qr(_shifted_cholesky_qr(y)))
 
 
 def orthonormalize_against(basis, y, noise):
-    """Return orthonormal columns that extend `basis` [..., m, L] by the span of y [..., m, l].
+    """Return (rows, coefficients): `rows` extend `basis` by the span of y [..., l, m].
 
-    Columns of `basis` are orthonormal or zero. Projection and normalisation alternate: what is
-    left of y after one projection can be rounding error, and only once that is scaled up to
-    norm one does the next projection make it orthogonal.
+    Rows of `basis` [..., L, m] are orthonormal or zero; y ≈ coefficients @ basis plus something
+    in the span of `rows`. Two projections: what the first leaves can be rounding error, and
+    only once that is scaled up to norm one does the second make it orthogonal.
     """
-    y = _perturb(_normalize_columns(y), noise)
-    y = _shifted_cholesky_qr2(_normalize_columns(_project_out(basis, y)))
-    # Shifted here too: with one new direction among exhausted ones, what the first projection
-    # leaves is parallel columns, and the second can take away most of what told them apart.
-    y = _normalize_columns(_project_out(basis, y))
-    y = _cholesky_qr2(_shifted_cholesky_qr2(y))
+    scale = power_of_two_scale(y)
+    y = y / scale
+    coefficients = matmul(y, basis.mT)
+    size = jnp.linalg.norm(y, axis=-1, keepdims=True)
+    left = safe_divide(y - matmul(coefficients, basis), size)
+    y = _shifted_cholesky_qr(_normalize_rows(_perturb(left, noise)))
+    y = _project_out(basis, y)
+    gram = matmul(y, y.mT)
+    distance = jnp.linalg.norm(gram - _eye_like(gram), axis=(-2, -1))
+    rows = jax.lax.cond(
+        jnp.any(distance > 0.5), _orthonormalize_again, _finish_healthy, basis, y, gram
+    )
+    return rows, coefficients * scale
+
+
+def _finish_healthy(basis, y, gram):
+    """Finish a block that is nearly orthonormal already: two plain steps do."""
+    return _cholesky_qr(_multiply_inverse(gram, y), shift=0.0)
+
+
+def _orthonormalize_again(basis, y, gram):
+    """Finish a block that is ill-conditioned or that the projection left little of.
+
+    In a block of an exhausted matrix, the first projection leaves parallel rows, and the second
+    takes away most of what told them apart: hence the shifts, and a third projection.
+    """
+    y = _shifted_cholesky_qr(_shifted_cholesky_qr(_normalize_rows(y)))
+    y = _cholesky_qr(_project_out(basis, _cholesky_qr2(y)), shift=0.0)
     return _cholesky_qr2(_project_out(basis, y))
 
 
-def householder(y):
-    """Return orthonormal columns by Householder QR: the oracle of the tests."""
-    return jnp.linalg.qr(y)[0]
-
-
 def _project_out(basis, y):
-    return y - matmul(basis, matmul(basis.mT, y))
+    return y - matmul(matmul(y, basis.mT), basis)
 
 
-def _normalize_columns(y):
-    y = y / power_of_two_scale(y)
-    # Columns of very different sizes: squares of the smallest vanish beside the largest.
-    y = safe_divide(y, jnp.max(jnp.abs(y), axis=-2, keepdims=True))
-    return safe_divide(y, jnp.linalg.norm(y, axis=-2, keepdims=True))
+def householder(y):
+    """Return orthonormal rows by Householder QR: the oracle of the tests."""
+    return jnp.linalg.qr(y.mT)[0].mT
+
+
+def _normalize_rows(y):
+    # Rows of very different sizes: squares of the smallest vanish beside the largest.
+    y = safe_divide(y, jnp.max(jnp.abs(y), axis=-1, keepdims=True))
+    return safe_divide(y, jnp.linalg.norm(y, axis=-1, keepdims=True))
 
 
 def _perturb(y, noise):
-    size = 4 * jnp.finfo(y.dtype).eps / y.shape[-2] ** 0.5
-    return y + size * jnp.broadcast_to(noise, y.shape)
-
-
-def _shifted_cholesky_qr2(y):
-    return _cholesky_qr(_cholesky_qr(y, shift=1.0), shift=1.0)
+    return y + 4 * jnp.finfo(y.dtype).eps / y.shape[-1] ** 0.5 * noise
 
 
 def _cholesky_qr2(y):
     return _cholesky_qr(_cholesky_qr(y, shift=0.0), shift=0.0)
 
 
+def _shifted_cholesky_qr(y):
+    # The sums behind the Gram matrix err by about eps √m of its trace: less shift than that
+    # leaves it indefinite for rows that are all but parallel (the matrix of ones).
+    return _cholesky_qr(y, shift=0.5 * y.shape[-1] ** 0.5 * jnp.finfo(y.dtype).eps)
+
+
 def _cholesky_qr(y, shift):
-    gram = matmul(y.mT, y)
-    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=y.dtype), gram.shape)
+    gram = matmul(y, y.mT)
     if shift:
         trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
-        # The sums behind the Gram matrix err by about eps √m of its trace: less shift than that
-        # leaves it indefinite for columns that are all but parallel (the matrix of ones).
-        size = shift * 0.5 * y.shape[-2] ** 0.5 * jnp.finfo(y.dtype).eps
-        gram = gram + size * trace * eye
-    lower = jax.lax.linalg.cholesky(gram)
-    inverse = jax.lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
-    return matmul(y, inverse.mT)
+        gram = gram + shift * trace * _eye_like(gram)
+    return _multiply_inverse(gram, y)
+
+
+def _multiply_inverse(gram, y):
+    """Return inverse(L) @ y for gram = L Lᵀ."""
+    lower = jax.lax.linalg.cholesky(gram, symmetrize_input=False)
+    inverse = jax.lax.linalg.triangular_solve(lower, _eye_like(gram), left_side=True, lower=True)
+    return matmul(inverse, y)
+
+
+def _eye_like(gram):
+    return jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)

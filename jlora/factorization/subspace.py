@@ -1,26 +1,31 @@
 """Randomised subspace iteration.
 
 Source: Halko, Martinsson, Tropp, "Finding structure with randomness", 2011, algorithm 4.4.
-Differs: the basis is orthonormalised by CholeskyQR rather than Householder QR.
+Differs: the bases are orthonormalised by CholeskyQR rather than Householder QR.
 """
 
 import jax
 
 from jlora._numerics import matmul
+from jlora.factorization.krylov import Bidiagonal, draw_noise
 from jlora.factorization.orthonormal import orthonormalize
-from jlora.factorization.sketch import gaussian_sketch
+from jlora.factorization.products import multiply, multiply_transposed
 
 
-def subspace_basis(a, omega, num_iterations, *, key):
-    """Return (basis [..., m, l], aᵀ basis [..., n, l]) after 2 * num_iterations passes."""
+def subspace_factors(a, omega, num_iterations, *, key):
+    """Return a ≈ leftᵀ core right after 2 * num_iterations passes from omega [..., b, n]."""
     m, n = a.shape[-2:]
-    noise = gaussian_sketch(key, m + n, omega.shape[-1], a.dtype)
+    noise = draw_noise(key, a, omega, 0)
+    noise_m, noise_n = noise[..., :m], noise[..., m : m + n]
 
-    def half_steps(direction):
-        basis = orthonormalize(matmul(a, direction), noise[:m])
-        return basis, matmul(a.mT, basis)
+    def iterate(right):
+        left = orthonormalize(multiply(a, right), noise_m)
+        product = multiply_transposed(a, left)
+        return left, product, orthonormalize(product, noise_n)
 
     def step(_, carry):
-        return half_steps(orthonormalize(carry[1], noise[m:]))
+        return iterate(carry[2])
 
-    return jax.lax.fori_loop(1, num_iterations, step, half_steps(omega))
+    first = iterate(orthonormalize(omega, noise_n))
+    left, product, right = jax.lax.fori_loop(1, num_iterations, step, first)
+    return Bidiagonal(left, matmul(product, right.mT), right)

@@ -6,17 +6,24 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _checks
-from jlora._numerics import matmul, power_of_two_scale, to_compute
-from jlora.factorization.krylov import decompose_captured, krylov_basis
+from jlora._numerics import compute_dtype, matmul, power_of_two_scale, to_compute
+from jlora.factorization.core import decompose_core
+from jlora.factorization.krylov import krylov_factors
+from jlora.factorization.products import multiply_transposed, solve_stored
 from jlora.factorization.sketch import gaussian_sketch
-from jlora.factorization.subspace import subspace_basis
-from jlora.factors import SVD
+from jlora.factorization.subspace import subspace_factors
+from jlora.factors import SVD, check_svd
 
-_KRYLOV_PASSES = 24
+# The bulk of a larger matrix is denser: two more blocks for the same excess error (table in
+# benchmarks/results; 1e-4 on spiked spectra at 1024 to 4096 rows, rank 16 to 128).
+_KRYLOV_PASSES, _KRYLOV_PASSES_LARGE, _LARGE = 24, 28, 3072
 _SUBSPACE_PASSES = 10
+_WARM_PASSES = 2
+_WARM_OVERSAMPLING = 8
 
 
-def randomized_svd(a, rank, *, key, num_passes=None, block_size=None, method="krylov"):
+def randomized_svd(a, rank, *, key, num_passes=None, block_size=None, method="krylov",
+                   start=None):  # fmt: skip
     """Return the leading `rank` singular triplets of each matrix, by random projection.
 
     Block Krylov: the span of aΩ, (aaᵀ)aΩ, (aaᵀ)²aΩ, ... for a Gaussian Ω of `block_size`
@@ -31,21 +38,29 @@ def randomized_svd(a, rank, *, key, num_passes=None, block_size=None, method="kr
         rank: static, 1 ≤ rank ≤ min(m, n).
         key: one typed PRNG key, consumed. All matrices of a batch use the same test matrix;
             for a key each, vmap over both.
-        num_passes: static, at least 2; products with a or aᵀ. None: 24 (krylov), 10 (subspace).
-            An odd count spends its first pass on a sketch through aᵀ.
+        num_passes: static, at least 2; products with a or aᵀ. None: 24 (krylov; 28
+            where m and n are at least 3072), 10 (subspace), 2 with `start`. An odd count spends
+            its first pass on a sketch through aᵀ.
         block_size: static, columns of one block. None: max(8, ⌈rank / 2⌉) (krylov),
-            2 rank (subspace).
+            2 rank (subspace), the rank of `start` and 8 more.
         method: static, "krylov" or "subspace".
+        start: `SVD` of a matrix near `a`, of any rank: its leading vectors take the place of
+            random ones. One pair of passes a step then follows a matrix that drifts.
+            None: all random.
 
     Returns:
         `SVD` of u [..., m, r], s [..., r], vt [..., r, n] in the compute dtype. NaN or Inf in a
         matrix gives NaN for that matrix.
 
     Raises:
-        TypeError: `a` is no real floating array, `rank` no static integer, `key` no typed key.
-        ValueError: a size is out of its range, or the basis has fewer columns than `rank`.
+        TypeError: `a` is no real floating array, `rank` no static integer, `key` no typed key,
+            `start` no SVD.
+        ValueError: a size is out of its range, the basis has fewer columns than `rank`, or
+            `start` is of another shape than `a`.
 
-    Cost: 2 m n block_size flops a pass; memory 2 (m + n) L with L = block_size * num_passes / 2.
+    Cost: 2 m n block_size flops a pass, and about 6 (m + n) L² in all to keep the bases
+        orthonormal, L = block_size * num_passes / 2 columns. Memory at most 3 (m + n) L numbers;
+        never a copy of `a`, but for a 16-bit matrix on a CPU, which is widened there.
 
     Accuracy: u and v orthonormal to 1e-5 in float32 for any input. Singular values never exceed
         the true ones by more than rounding. The excess over the best possible error depends on
@@ -54,7 +69,7 @@ def randomized_svd(a, rank, *, key, num_passes=None, block_size=None, method="kr
     Gradients: refused with a TypeError when the derivative is asked for; unrolled iterations
         give wrong derivatives of singular vectors. Apply jax.lax.stop_gradient to `a`.
 
-    Source: Musco and Musco 2015; Halko, Martinsson, Tropp 2011.
+    Source: Musco and Musco 2015; Halko, Martinsson, Tropp 2011; see krylov.py, subspace.py.
 
     Example:
         >>> import jax, jlora
@@ -70,10 +85,13 @@ def randomized_svd(a, rank, *, key, num_passes=None, block_size=None, method="kr
     rank = _checks.check_rank(rank, a.shape)
     _checks.check_key(key)
     _checks.check_choice(method, ("krylov", "subspace"), "method")
-    num_passes, block_size, width = _plan_iteration(a.shape, rank, num_passes, block_size, method)
-    if width >= min(a.shape[-2:]):
-        return _truncated_svd(_no_derivative(a), rank)
-    return _randomized_svd(_no_derivative(a), key, rank, num_passes, block_size, method)
+    start = _check_start(start, a.shape)
+    num_passes, block_size, width = _plan_iteration(
+        a.shape, rank, num_passes, block_size, method, start
+    )
+    if width > min(a.shape[-2:]):
+        return decompose_fully(refuse_derivative(a), rank)
+    return _randomized_svd(refuse_derivative(a), key, start, rank, num_passes, block_size, method)
 
 
 def truncated_svd(a, rank):
@@ -107,63 +125,94 @@ def truncated_svd(a, rank):
         [5.0, 3.0]
     """
     a = _checks.check_matrix(a)
-    return _truncated_svd(a, _checks.check_rank(rank, a.shape))
+    return decompose_fully(a, _checks.check_rank(rank, a.shape))
 
 
-def _plan_iteration(shape, rank, num_passes, block_size, method):
+def _check_start(start, shape):
+    if start is None:
+        return None
+    u, s, vt = check_svd(start, "start")
+    expected = (*shape[:-1], s.shape[-1])
+    _checks.check_shape(u.shape, expected, "start.u", "the rows of a, any rank")
+    expected = (*shape[:-2], s.shape[-1], shape[-1])
+    _checks.check_shape(vt.shape, expected, "start.vt", "the columns of a, any rank")
+    return SVD(u, s, vt)
+
+
+def _plan_iteration(shape, rank, num_passes, block_size, method, start):
+    """Return (num_passes, block_size, columns that the widest basis has)."""
     limit = min(shape[-2:])
-    if method == "krylov":
-        default_passes, default_block = _KRYLOV_PASSES, max(8, -(-rank // 2))
+    if start is not None:
+        default_passes, default_block = _WARM_PASSES, start.s.shape[-1] + _WARM_OVERSAMPLING
+    elif method == "krylov":
+        default_passes = _KRYLOV_PASSES if limit < _LARGE else _KRYLOV_PASSES_LARGE
+        default_block = max(8, -(-rank // 2))
     else:
         default_passes, default_block = _SUBSPACE_PASSES, 2 * rank
     given = num_passes is not None or block_size is not None
     num_passes = default_passes if num_passes is None else num_passes
     num_passes = _checks.check_integer(num_passes, "num_passes", minimum=2)
+    num_blocks = num_passes // 2 if method == "krylov" else 1
     if block_size is None:
         # Few passes build few blocks: each has to be wider for the basis to hold the rank.
-        block_size = min(limit, max(default_block, -(-rank // (num_passes // 2))))
+        block_size = min(limit, max(default_block, -(-rank // num_blocks)))
     block_size = _checks.check_integer(block_size, "block_size", maximum=limit)
-    width = block_size * (num_passes // 2 if method == "krylov" else 1)
+    width = block_size * num_blocks
     if given and width < rank:
         raise ValueError(
             f"`block_size` must give a basis of at least rank = {rank} columns, got {width} "
             f"(block_size {block_size}, num_passes {num_passes}, method {method!r}). Raise one."
         )
-    return num_passes, block_size, width
+    # Krylov keeps one right block more than left ones.
+    return num_passes, block_size, width + (block_size if method == "krylov" else 0)
 
 
 @functools.partial(jax.jit, static_argnames="rank")
-def _truncated_svd(a, rank):
+def decompose_fully(a, rank):
+    """Return the full decomposition cut to `rank`."""
     a = to_compute(a)
     scale = power_of_two_scale(a)
     finite = jnp.all(jnp.isfinite(a), axis=(-2, -1), keepdims=True)
     # LAPACK may loop or fail on NaN; it gets zeros, and the answer is made NaN afterwards.
     u, s, vt = jnp.linalg.svd(jnp.where(finite, a / scale, 0), full_matrices=False)
     svd = SVD(u[..., :rank], s[..., :rank] * scale[..., 0], vt[..., :rank, :])
-    return _poison(svd, finite)
+    return poison(svd, finite)
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "num_passes", "block_size", "method"))
-def _randomized_svd(a, key, rank, num_passes, block_size, method):
-    a = to_compute(a)
-    scale = power_of_two_scale(a)
-    finite = jnp.all(jnp.isfinite(a), axis=(-2, -1), keepdims=True)
-    a = jnp.where(finite, a / scale, 0)
-    sketch_key, basis_key, noise_key = jax.random.split(key, 3)
-    m, n = a.shape[-2:]
-    if num_passes % 2:
-        omega = matmul(a.mT, gaussian_sketch(sketch_key, m, block_size, a.dtype))
-    else:
-        omega = gaussian_sketch(sketch_key, n, block_size, a.dtype)
-        omega = jnp.broadcast_to(omega, (*a.shape[:-2], *omega.shape))
-    build = krylov_basis if method == "krylov" else subspace_basis
-    basis, products = build(a, omega, num_passes // 2, key=basis_key)
-    noise = gaussian_sketch(noise_key, n, products.shape[-1], a.dtype)
-    svd = decompose_captured(basis, products, rank, noise)
-    return _poison(SVD(svd.u, svd.s * scale[..., 0], svd.vt), finite)
+def _randomized_svd(a, key, start, rank, num_passes, block_size, method):
+    iterate = functools.partial(_iterate, rank=rank, num_passes=num_passes,
+                                block_size=block_size, method=method)  # fmt: skip
+    return solve_stored(iterate, a, key, start)
 
 
-def _poison(svd, finite):
+def _iterate(a, key, start, rank, num_passes, block_size, method):
+    sketch_key, basis_key, core_key = jax.random.split(key, 3)
+    omega = _make_omega(a, sketch_key, start, block_size, is_odd=num_passes % 2 == 1)
+    build = krylov_factors if method == "krylov" else subspace_factors
+    left, core, right = build(a, omega, num_passes // 2, key=basis_key)
+    noise = gaussian_sketch(core_key, rank, core.shape[-1], core.dtype)
+    noise = jnp.broadcast_to(noise, (*core.shape[:-2], *noise.shape))
+    e, s, f = decompose_core(core, rank, noise)
+    svd = SVD(matmul(e.mT, left).mT, s, matmul(f, right))
+    # A number that is not finite in a reaches every coefficient; looking at a itself costs a pass.
+    return poison(svd, jnp.all(jnp.isfinite(core), axis=(-2, -1), keepdims=True))
+
+
+def _make_omega(a, key, start, block_size, *, is_odd):
+    """Return the first right block [..., b, n]: the start's vectors, then random ones."""
+    batch, (m, n) = a.shape[:-2], a.shape[-2:]
+    dtype = compute_dtype(a.dtype)
+    rows = gaussian_sketch(key, block_size, m if is_odd else n, dtype)
+    rows = jnp.broadcast_to(rows, (*batch, *rows.shape))
+    if start is not None:
+        known = (start.u.mT if is_odd else start.vt)[..., :block_size, :].astype(dtype)
+        rows = jnp.concatenate([known, rows[..., known.shape[-2] :, :]], axis=-2)
+    return multiply_transposed(a, rows) if is_odd else rows
+
+
+def poison(svd, finite):
+    """Return the SVD with NaN for each matrix that is not `finite` [..., 1, 1]."""
     nan = jnp.asarray(jnp.nan, svd.s.dtype)
     return SVD(
         jnp.where(finite, svd.u, nan),
@@ -173,13 +222,14 @@ def _poison(svd, finite):
 
 
 @jax.custom_jvp
-def _no_derivative(a):
+def refuse_derivative(a):
+    """Return `a`; a derivative with respect to it is refused when it is asked for."""
     return a
 
 
-@_no_derivative.defjvp
-def _refuse_derivative(primals, tangents):
+@refuse_derivative.defjvp
+def _raise_refusal(primals, tangents):
     raise TypeError(
-        "`a` must not be differentiated in randomized_svd, got a derivative request. "
-        "Apply jax.lax.stop_gradient to it, or use truncated_svd."
+        "`a` must not be differentiated by a randomised method, got a derivative request. "
+        "Apply jax.lax.stop_gradient to it, or use low_rank_approximation or truncated_svd."
     )

@@ -1,0 +1,70 @@
+"""The SVD of the small matrix in the middle, with vectors orthonormal to working precision.
+
+On a CPU it is LAPACK's. Elsewhere the library SVD is a loop over the batch (CUDA) or takes minutes
+to compile (TPU); there it is the polar factor, from matrix products alone, and one symmetric
+eigenproblem, which every backend batches. A Gram matrix would lose what lies below √eps of the
+largest singular value; this loses nothing above eps of it.
+
+Source: Higham and Papadimitriou, "A new parallel algorithm for computing the singular value
+decomposition", 1994, for the road through the polar factor. Differs: the polar factor is
+approached by scaled Newton-Schulz steps and need not be reached, see `decompose_by_polar`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jlora._numerics import matmul, power_of_two_scale, safe_divide
+from jlora.factorization.orthonormal import orthonormalize
+
+# Odd quintics a x + b x³ + c x⁵ of the singular values. The first grows small ones 3.4 times and
+# keeps what has grown between 0.68 and 1.21 (Jordan et al., "Muon", 2024); thirteen of them bring
+# up everything above eps of the largest. The second has f(1) = 1 and f' = f'' = 0 there.
+_GROWTH, _NUM_GROWTH_STEPS = (3.4445, -4.7750, 2.0315), 13
+_FINISH, _NUM_FINISH_STEPS = (1.875, -1.25, 0.375), 4
+
+
+def decompose_core(core, rank, noise):
+    """Return (e [..., L, r], s [..., r], f [..., r, K]), core [..., L, K] ≈ e diag(s) f."""
+    finite = jnp.isfinite(core)
+    core = jnp.where(finite, core, 0)  # LAPACK may loop on NaN
+    return jax.lax.platform_dependent(
+        core, noise,
+        cpu=lambda core, noise: decompose_by_lapack(core, rank),
+        default=lambda core, noise: decompose_by_polar(core, rank, noise),
+    )  # fmt: skip
+
+
+def decompose_by_lapack(core, rank):
+    e, s, f = jnp.linalg.svd(core, full_matrices=False)
+    return e[..., :rank], s[..., :rank], f[..., :rank, :]
+
+
+def decompose_by_polar(core, rank, noise):
+    """Return the same from core = h q, h symmetric: eigenvectors of h are left singular vectors.
+
+    The steps multiply every singular value by its own factor and leave the vectors. Values below
+    eps of the largest may not have arrived at one; h still has the right eigenvectors for them,
+    to the accuracy that rounding leaves them anyway.
+    """
+    scale = power_of_two_scale(core)
+    core = core / scale
+    norm = jnp.linalg.norm(core, axis=(-2, -1), keepdims=True)
+    q = safe_divide(core, norm)
+    q = jax.lax.fori_loop(0, _NUM_GROWTH_STEPS, lambda _, q: _apply_quintic(q, _GROWTH), q)
+    q = jax.lax.fori_loop(0, _NUM_FINISH_STEPS, lambda _, q: _apply_quintic(q, _FINISH), q)
+    h = matmul(core, q.mT)
+    _, e = jnp.linalg.eigh((h + h.mT) / 2)
+    e = e[..., ::-1][..., :rank]
+    scaled = matmul(e.mT, core)
+    s = jnp.linalg.norm(scaled, axis=-1)
+    order = jnp.argsort(s, axis=-1, descending=True)
+    e = jnp.take_along_axis(e, order[..., None, :], axis=-1)
+    scaled = jnp.take_along_axis(scaled, order[..., None], axis=-2)
+    f = orthonormalize(scaled, noise[..., :rank, : core.shape[-1]])
+    return e, jnp.take_along_axis(s, order, axis=-1) * scale[..., 0], f
+
+
+def _apply_quintic(q, coefficients):
+    linear, cubic, quintic = coefficients
+    gram = matmul(q, q.mT)
+    return linear * q + matmul(cubic * gram + quintic * matmul(gram, gram), q)
