@@ -50,6 +50,23 @@ class Case(NamedTuple):
         return {**self._asdict(), "name": self.name, "m": m, "n": n}
 
 
+class NamedCase(NamedTuple):
+    """A problem that is not one matrix of a known model, with the interface of a Case."""
+
+    name: str
+    shape: tuple[int, int]  # (m, n), or of the square projections of a whole model
+    fields: Case
+
+    @property
+    def dtype(self):
+        return self.fields.dtype
+
+    def describe(self):
+        """Return the fields of a record's case."""
+        m, n = self.shape
+        return {**self.fields._asdict(), "name": self.name, "m": m, "n": n}
+
+
 def make_weights(case):
     """Return the matrix or the stack of matrices of a case, a NumPy array of its dtype."""
     if case.spectrum == "pretrained":

@@ -1,6 +1,5 @@
 """Groups of contenders timed in turns on one problem, each result checked beside its time."""
 
-import contextlib
 import datetime
 import functools
 import statistics
@@ -11,12 +10,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from benchmarks.cases import Case
 from benchmarks.environment import (
     count_others_cores,
-    count_threads,
     describe_environment,
     measure_load,
     read_processor_seconds,
@@ -211,93 +208,3 @@ def _measure_floor(group, limits):
 @functools.cache
 def start_of_run():
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def prepare_jax(function, *arrays, donate=()):
-    """Return `function` compiled for arrays that lie on the device.
-
-    A donated argument is replaced by the result of the run before, which has its shape.
-    """
-    arguments = [jax.device_put(array) for array in arrays]
-    start = time.perf_counter()
-    lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
-    lower_ms = 1e3 * _seconds_since(start)
-    start = time.perf_counter()
-    compiled = lowered.compile()
-    compile_ms = 1e3 * _seconds_since(start)
-    jax.block_until_ready(arguments)
-
-    def run():
-        result = jax.block_until_ready(compiled(*arguments))
-        for index in donate:
-            arguments[index] = result
-        return result
-
-    memory = compiled.memory_analysis()
-    temporary = getattr(memory, "temp_size_in_bytes", None)
-    total = None if temporary is None else (
-        temporary + memory.argument_size_in_bytes + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-    )  # fmt: skip
-    return Prepared(run, fetch_jax, lower_ms, compile_ms, total, temporary)
-
-
-def fetch_jax(result):
-    return jax.tree.map(np.asarray, result)
-
-
-def prepare_torch(function, *arrays):
-    """Return `function` on torch tensors, on the GPU where there is one; bfloat16 kept."""
-    import torch
-
-    torch.set_num_threads(count_threads())
-    torch.manual_seed(0)  # svd_lowrank takes no generator
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tensors = [to_torch(array).to(device) for array in arrays]
-
-    def run():
-        result = function(*tensors)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return result
-
-    def fetch(result):
-        return jax.tree.map(lambda x: x.detach().float().cpu().numpy(), tuple_of(result))
-
-    return Prepared(run, fetch)
-
-
-def to_torch(array):
-    import torch
-
-    if array.dtype == np.dtype("bfloat16"):
-        return torch.from_numpy(array.astype(np.float32)).to(torch.bfloat16)
-    return torch.from_numpy(np.array(array))
-
-
-def prepare_host(function, *arrays):
-    """Return `function` on NumPy arrays, its BLAS with as many threads as everybody has."""
-
-    def run():
-        with use_all_threads():
-            return function(*arrays)
-
-    return Prepared(run, lambda result: result)
-
-
-def use_all_threads():
-    """Return a context in which NumPy's and SciPy's BLAS have the thread count of the others.
-
-    OPENBLAS_NUM_THREADS=1 is for the LAPACK calls inside XLA; it would also bind the peers.
-    Contenders that run in it require threadpoolctl; a reference result is only slower without.
-    """
-    if why_missing(("threadpoolctl",)):
-        return contextlib.nullcontext()
-    import threadpoolctl
-
-    return threadpoolctl.threadpool_limits(count_threads(), user_api="blas")
-
-
-def tuple_of(result):
-    """Return torch's named results as a plain tuple, a tensor as it is."""
-    return tuple(result) if isinstance(result, tuple) else result

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.cases import Case
-from benchmarks.harness import Contender, Group, measure_group, prepare_jax
+from benchmarks.harness import Contender, Group, measure_group
+from benchmarks.preparation import prepare_jax
 
 SUITE = "limits"
 _PRODUCTS = (

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.harness import use_all_threads
+from benchmarks.preparation import use_all_threads
 
 _SPECTRA_KEPT = 4
 _kept_spectra = {}

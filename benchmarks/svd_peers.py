@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.harness import Contender, prepare_host, prepare_jax, prepare_torch
+from benchmarks.harness import Contender
+from benchmarks.preparation import prepare_host, prepare_jax, prepare_torch
 
 
 def list_svd_peers(case, platform, *, with_full=True):

@@ -122,7 +122,7 @@ def test_split_products_are_as_exact_as_float32(dtype):
         exact = expected(thin)
         assert found.dtype == jnp.float32
         # Three parts hold 24 bits; the sum over 130 terms rounds like any float32 product.
-        assert np.linalg.norm(found - exact) < 1e-6 * np.linalg.norm(exact)
+        assert np.linalg.norm(np.asarray(found) - exact) < 1e-6 * np.linalg.norm(exact)
 
 
 # Memory and sharding

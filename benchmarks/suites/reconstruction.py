@@ -9,7 +9,8 @@ import numpy as np
 
 import jlora
 from benchmarks.cases import Case
-from benchmarks.harness import Contender, Group, prepare_jax, prepare_torch
+from benchmarks.harness import Contender, Group
+from benchmarks.preparation import prepare_jax, prepare_torch
 
 SUITE = "reconstruction"
 SCALE = 0.5  # a delta of 5 % of the base: runs that feed their result back stay finite

@@ -9,7 +9,8 @@ import numpy as np
 
 import jlora
 from benchmarks.cases import Case, make_weights
-from benchmarks.harness import Contender, Group, prepare_jax, prepare_torch
+from benchmarks.harness import Contender, Group
+from benchmarks.preparation import prepare_jax, prepare_torch
 from benchmarks.svd_errors import measure_svd_errors
 from benchmarks.svd_peers import list_svd_peers
 

@@ -176,7 +176,7 @@ def _cut(svd, missed, norm, tolerance, max_rank):
     rank = jnp.where(is_reached, jnp.argmax(is_enough, axis=-1), max_rank).astype(jnp.int32)
     error = jnp.take_along_axis(errors, rank[..., None], axis=-1)[..., 0]
     is_resolved = tolerance >= 50 * jnp.finfo(errors.dtype).eps
-    places = jnp.broadcast_to(jnp.arange(max_rank), (*rank.shape, max_rank))
+    places = jnp.broadcast_to(jnp.arange(max_rank, dtype=rank.dtype), (*rank.shape, max_rank))
     keep = places < rank[..., None]
     u, s, vt = svd.u[..., :max_rank], svd.s[..., :max_rank], svd.vt[..., :max_rank, :]
     kept = SVD(

@@ -17,8 +17,9 @@ from jlora.factorization.orthonormal import orthonormalize, orthonormalize_again
 from jlora.factorization.products import multiply, multiply_transposed
 from jlora.factorization.sketch import gaussian_sketch
 
-# Buffers are static; the loop is cut in three, so that its first steps project on a part of them.
-_NUM_SEGMENTS = 3
+# Buffers are static; the loop is cut in two, so that its first half projects on half of them.
+# Each part more costs a compilation of the loop's body.
+_NUM_SEGMENTS = 2
 
 
 class Bidiagonal(NamedTuple):

@@ -23,8 +23,7 @@ def orthonormalize(y, noise):
     zero rows independent, so that rank-deficient input gets a full basis too.
     """
     y = _normalize_rows(y / power_of_two_scale(y))
-    y = _normalize_rows(_perturb(y, noise))
-    return _cholesky_qr2(_shifted_cholesky_qr(_shifted_cholesky_qr(y)))
+    return _robust_cholesky_qr(_normalize_rows(_perturb(y, noise)))
 
 
 def orthonormalize_against(basis, y, noise):
@@ -39,7 +38,8 @@ def orthonormalize_against(basis, y, noise):
     coefficients = matmul(y, basis.mT)
     size = jnp.linalg.norm(y, axis=-1, keepdims=True)
     left = safe_divide(y - matmul(coefficients, basis), size)
-    y = _shifted_cholesky_qr(_normalize_rows(_perturb(left, noise)))
+    y = _normalize_rows(_perturb(left, noise))
+    y = _cholesky_qr(y, _find_shift(y))
     y = _project_out(basis, y)
     gram = matmul(y, y.mT)
     distance = jnp.linalg.norm(gram - _eye_like(gram), axis=(-2, -1))
@@ -58,11 +58,14 @@ def _orthonormalize_again(basis, y, gram):
     """Finish a block that is ill-conditioned or that the projection left little of.
 
     In a block of an exhausted matrix, the first projection leaves parallel rows, and the second
-    takes away most of what told them apart: hence the shifts, and a third projection.
+    takes away most of what told them apart: hence the shifts, and two more projections.
     """
-    y = _shifted_cholesky_qr(_shifted_cholesky_qr(_normalize_rows(y)))
-    y = _cholesky_qr(_project_out(basis, _cholesky_qr2(y)), shift=0.0)
-    return _cholesky_qr2(_project_out(basis, y))
+
+    def project(_, y):
+        return _project_out(basis, _robust_cholesky_qr(y))
+
+    y = jax.lax.fori_loop(0, 2, project, _normalize_rows(y))
+    return _robust_cholesky_qr(y)
 
 
 def _project_out(basis, y):
@@ -84,22 +87,26 @@ def _perturb(y, noise):
     return y + 4 * jnp.finfo(y.dtype).eps / y.shape[-1] ** 0.5 * noise
 
 
-def _cholesky_qr2(y):
-    return _cholesky_qr(_cholesky_qr(y, shift=0.0), shift=0.0)
+def _robust_cholesky_qr(y):
+    """Return y orthonormalised by two shifted and two plain steps.
+
+    A loop, although it is short: every Cholesky factor that a TPU program holds costs it a
+    second of compilation.
+    """
+    shifts = jnp.asarray([_find_shift(y)] * 2 + [0.0] * 2, y.dtype)
+    return jax.lax.fori_loop(0, 4, lambda i, y: _cholesky_qr(y, shifts[i]), y)
 
 
-def _shifted_cholesky_qr(y):
+def _find_shift(y):
     # The sums behind the Gram matrix err by about eps √m of its trace: less shift than that
     # leaves it indefinite for rows that are all but parallel (the matrix of ones).
-    return _cholesky_qr(y, shift=0.5 * y.shape[-1] ** 0.5 * jnp.finfo(y.dtype).eps)
+    return 0.5 * y.shape[-1] ** 0.5 * float(jnp.finfo(y.dtype).eps)
 
 
 def _cholesky_qr(y, shift):
     gram = matmul(y, y.mT)
-    if shift:
-        trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
-        gram = gram + shift * trace * _eye_like(gram)
-    return _multiply_inverse(gram, y)
+    trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
+    return _multiply_inverse(gram + shift * trace * _eye_like(gram), y)
 
 
 def _multiply_inverse(gram, y):

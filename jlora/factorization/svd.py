@@ -86,7 +86,7 @@ def randomized_svd(a, rank, *, key, num_passes=None, block_size=None, method="kr
     _checks.check_key(key)
     _checks.check_choice(method, ("krylov", "subspace"), "method")
     start = _check_start(start, a.shape)
-    num_passes, block_size, width = _plan_iteration(
+    num_passes, block_size, width = plan_iteration(
         a.shape, rank, num_passes, block_size, method, start
     )
     if width > min(a.shape[-2:]):
@@ -139,8 +139,8 @@ def _check_start(start, shape):
     return SVD(u, s, vt)
 
 
-def _plan_iteration(shape, rank, num_passes, block_size, method, start):
-    """Return (num_passes, block_size, columns that the widest basis has)."""
+def plan_iteration(shape, rank, num_passes=None, block_size=None, method="krylov", start=None):
+    """Return (num_passes, block_size, rows that the widest basis has), defaults filled in."""
     limit = min(shape[-2:])
     if start is not None:
         default_passes, default_block = _WARM_PASSES, start.s.shape[-1] + _WARM_OVERSAMPLING

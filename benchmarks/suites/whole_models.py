@@ -1,0 +1,300 @@
+"""Groups of the adaptation suite: all weights of a model → first factors and residuals."""
+
+import ctypes
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jlora
+from benchmarks.cases import Case, NamedCase
+from benchmarks.environment import count_threads
+from benchmarks.harness import Contender, Group, Prepared
+from benchmarks.matrices import make_matrix
+from benchmarks.preparation import fetch_jax, to_torch
+from benchmarks.svd_errors import compute_singular_values
+
+SUITE = "adaptation"
+# A layer of Llama: four square projections, and the three of a gated MLP 2.6875 times as wide.
+_SQUARE, _UP, _DOWN = ("q", "k", "v", "o"), ("gate", "up"), ("down",)
+_LAYERS_AT_ONCE = 8
+# Above this hidden size peft's exact decomposition of a whole model takes minutes.
+_LARGEST_EXACT = 1024
+
+
+def make_model_group(hidden, layers, rank, dtype, *, is_full):
+    """Return the group of the PiSSA initialisation of all weights of a Llama-shaped model."""
+    contenders = [
+        Contender("jlora adapt", functools.partial(_prepare_adapt, rank), "jlora",
+                  _describe_turns("one weight after the other, eagerly; defaults", layers)),
+        *(_make_peft(init, rank, layers) for init in ("pissa_niter_4", "pissa_niter_16")),
+    ]  # fmt: skip
+    if is_full:
+        contenders.append(Contender(
+            "jlora adapt, stacked", functools.partial(_prepare_stacked, rank), "jlora",
+            _describe_turns("the weights of one name as a batch; defaults", layers),
+        ))  # fmt: skip
+    if is_full and hidden <= _LARGEST_EXACT:
+        contenders.append(_make_peft("pissa", rank, layers))
+    return _make_model_group(hidden, layers, rank, dtype, contenders)
+
+
+def make_cold_group(hidden, layers, rank, dtype):
+    """Return the group of the first call, compilation included.
+
+    It stands alone: emptying JAX's caches would make everybody beside it compile again.
+    """
+    contender = Contender(
+        "jlora adapt, cold", functools.partial(_prepare_adapt, rank, cold=True), "jlora",
+        _describe_turns("as jlora adapt, after jax.clear_caches()", layers), most_runs=3,
+    )  # fmt: skip
+    return _make_model_group(hidden, layers, rank, dtype, [contender])
+
+
+class ModelWeights:
+    """The weights of `layers` layers, put where each library wants them once for all contenders.
+
+    arrays: {path: NumPy [m, n]}; turns: how often they are adapted, for a model of more layers.
+    """
+
+    def __init__(self, arrays, turns):
+        self.arrays, self.turns = arrays, turns
+
+    @functools.cached_property
+    def in_jax(self):
+        return jax.block_until_ready(jax.device_put(self.arrays))
+
+    @functools.cached_property
+    def in_torch(self):
+        """The weights as torch's layers hold them, contiguous [n, m]."""
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return {
+            path: to_torch(np.ascontiguousarray(array.T)).to(device)
+            for path, array in self.arrays.items()
+        }
+
+
+def make_model(hidden, layers, dtype):
+    """Return the `ModelWeights` of a Llama-shaped model.
+
+    One spiked matrix is made for each shape. Every other one has its rows' signs flipped and its
+    columns permuted at random: another matrix, of other singular vectors and the same singular
+    values, at the cost of a pass.
+    """
+    wide = hidden * 43 // 16  # 11008 for 4096
+    shapes = {"q": (hidden, hidden), "gate": (hidden, wide), "down": (wide, hidden)}
+    bases = {
+        name: make_matrix("spiked", *shape).astype(jnp.dtype(dtype))
+        for name, shape in shapes.items()
+    }
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for layer in range(min(layers, _LAYERS_AT_ONCE)):
+        for first, names in (("q", _SQUARE), ("gate", _UP), ("down", _DOWN)):
+            for name in names:
+                arrays[f"layers/{layer}/{name}"] = _vary(rng, bases[first])
+    return ModelWeights(arrays, -(-layers // _LAYERS_AT_ONCE))
+
+
+def _vary(rng, a):
+    signs = rng.choice(np.array([-1, 1], a.dtype), (len(a), 1))
+    return np.take(a, rng.permutation(a.shape[1]), axis=1) * signs
+
+
+def _make_model_group(hidden, layers, rank, dtype, contenders):
+    numbers = layers * (len(_SQUARE) + (len(_UP) + len(_DOWN)) * 43 / 16) * hidden**2
+    itemsize = jnp.dtype(dtype).itemsize
+    name = (
+        f"Llama-shaped, hidden {hidden}, {layers} layers, {7 * layers} matrices, "
+        f"rank {rank}, {dtype}"
+    )
+    case = NamedCase(name, (hidden, hidden), Case("llama", "all", rank, dtype=dtype, layers=layers))
+    return Group(
+        SUITE, "pissa initialisation", case, lambda: (make_model(hidden, layers, dtype),),
+        tuple(contenders), functools.partial(_measure_model, rank),
+        # A sketch, a projection and the subtraction; each weight is read and its residual written.
+        flops=6.0 * numbers * rank,
+        bytes=2.0 * numbers * itemsize,
+    )  # fmt: skip
+
+
+def _describe_turns(setting, layers):
+    if layers <= _LAYERS_AT_ONCE:
+        return setting
+    turns = -(-layers // _LAYERS_AT_ONCE)
+    return f"{setting}; {_LAYERS_AT_ONCE} layers at a time, {turns} times"
+
+
+def _prepare_adapt(rank, model, *, cold=False):
+    params = model.in_jax
+    plan = jlora.make_plan(params, jlora.Rule("layers", rank))
+    return _prepare_turns(params, plan, model.turns, _read_factors, cold)
+
+
+def _prepare_stacked(rank, model):
+    names = [*_SQUARE, *_UP, *_DOWN]
+    layers = len(model.arrays) // len(names)
+    params = {
+        name: jnp.stack([model.in_jax[f"layers/{layer}/{name}"] for layer in range(layers)])
+        for name in names
+    }
+    plan = jlora.make_plan(params, jlora.Rule(".*", rank))
+
+    def read(adapted):
+        return {
+            f"layers/{layer}/{name}": (weight.u[layer], weight.v[layer])
+            for name, weight in adapted.items()
+            for layer in range(layers)
+        }
+
+    return _prepare_turns(params, plan, model.turns, read, False)
+
+
+def _prepare_turns(params, plan, turns, read, cold):
+    """Prepare `adapt` of a whole tree, the result of each turn dropped before the next."""
+    if not cold:
+        _compile_shapes(params, plan)
+
+    def run():
+        if cold:
+            jax.clear_caches()
+        adapted = None
+        for turn in range(turns):
+            del adapted
+            adapted = jax.block_until_ready(jlora.adapt(params, plan, key=jax.random.key(turn)))
+        return adapted
+
+    def fetch(adapted):
+        # A run of its own: what is measured about memory would cost the timed ones time.
+        return fetch_jax(read(adapted)), {} if cold else _measure_memory(run)
+
+    return Prepared(run, fetch)
+
+
+def _compile_shapes(params, plan):
+    """Adapt one weight of each shape, so that the first run of all finds everything compiled.
+
+    A run that takes seconds is the only one: the time to compile would be in it.
+    """
+    of_shape = {entry.shape: entry for entry in plan.entries}
+    chosen = {entry.path: params[entry.path] for entry in of_shape.values()}
+    entries = tuple(entry for entry in plan.entries if entry.path in chosen)
+    jax.block_until_ready(jlora.adapt(chosen, jlora.Plan(entries), key=jax.random.key(0)))
+
+
+def _read_factors(adapted):
+    return {path: (weight.u, weight.v) for path, weight in adapted.items()}
+
+
+def _measure_memory(run):
+    """Return the most resident memory that a run needs above what there was, its result included.
+
+    Nothing is returned off Linux, and on a device, whose memory is not the process's.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    try:
+        # What others freed goes back to the system first, or it would hide as much of ours.
+        ctypes.CDLL(None).malloc_trim(0)
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is set to the present
+        before = _read_memory("VmRSS")
+    except (OSError, AttributeError):
+        return {}
+    run()
+    return {"extra GiB": (_read_memory("VmHWM") - before) / 2**30}
+
+
+def _read_memory(field):
+    status = pathlib.Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+def _make_peft(init, rank, layers):
+    setting = (
+        f"init_lora_weights={init!r}, lora_alpha = r; the modules around the weights are built "
+        "and get_peft_model is run in each run"
+    )
+    return Contender(
+        f"peft {init}", functools.partial(_prepare_peft, init, rank),
+        setting=_describe_turns(setting, layers), requires=("peft", "torch"),
+        most_runs=1 if init == "pissa" else None,
+    )  # fmt: skip
+
+
+def _prepare_peft(init, rank, model):
+    import peft
+    import torch
+
+    torch.set_num_threads(count_threads())
+    torch.manual_seed(0)
+    weights = model.in_torch
+    targets = [*_SQUARE, *_UP, *_DOWN]
+    configure = functools.partial(peft.LoraConfig, r=rank, lora_alpha=rank, target_modules=targets)
+    # What peft and torch import and set up at first use is not charged to the runs.
+    peft.get_peft_model(
+        _build_modules(dict([*weights.items()][:1])), configure(init_lora_weights="pissa_niter_1")
+    )
+    config = configure(init_lora_weights=init)
+
+    def run():
+        adapted = None
+        for _ in range(model.turns):
+            del adapted
+            # Fresh modules each time: peft changes the layer, and never the weight's own memory.
+            adapted = peft.get_peft_model(_build_modules(weights), config)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return adapted
+
+    def fetch(adapted):
+        layers = adapted.base_model.model
+        return {path: _read_peft(layers.get_submodule(path.replace("/", "."))) for path in weights}
+
+    return Prepared(run, lambda adapted: (fetch(adapted), {}))
+
+
+def _build_modules(weights):
+    """Return nested modules of one Linear a weight, which share the weights' memory."""
+    import torch
+
+    root = torch.nn.Module()
+    for path, weight in weights.items():
+        *parents, name = path.split("/")
+        module = root
+        for parent in parents:
+            if not hasattr(module, parent):
+                module.add_module(parent, torch.nn.Module())
+            module = getattr(module, parent)
+        linear = torch.nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+        linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+        module.add_module(name, linear)
+    return root
+
+
+def _read_peft(layer):
+    """Return (u, v) of a peft layer: the transposes of its A and B."""
+    a, b = (part["default"].weight.detach() for part in (layer.lora_A, layer.lora_B))
+    return a.T.float().cpu().numpy(), b.T.float().cpu().numpy()
+
+
+def _measure_model(rank, inputs, result):
+    """Return the excess over the optimum of the worst matrix of the first and the last layer."""
+    (model,) = inputs
+    factors, others = result
+    last = f"layers/{len(model.arrays) // 7 - 1}/"
+    worst, optima = -np.inf, {}
+    for path, a in model.arrays.items():
+        if path.startswith(("layers/0/", last)):
+            if a.shape not in optima:  # one set of singular values a shape, see make_model
+                optima[a.shape] = np.linalg.norm(compute_singular_values(a)[rank:])
+            worst = max(worst, _measure_residual(a, *factors[path]) / optima[a.shape] - 1)
+    return {"excess error": worst, **others}
+
+
+def _measure_residual(a, u, v):
+    return np.linalg.norm(a.astype(np.float64) - u.astype(np.float64) @ v.astype(np.float64))
