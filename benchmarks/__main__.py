@@ -6,6 +6,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before JAX; why: see tests
 
 import argparse
 import pathlib
+import re
 import statistics
 import sys
 import time
@@ -43,7 +44,7 @@ def run_suites(arguments):
     names = arguments.suites or SUITES
     if arguments.list:
         for name in names:
-            for group in list_suite(name, level.name, platform):
+            for group in _list_matching(name, level, platform, arguments.match):
                 print(f"{name}: {group.operation}, {group.case.name}, "
                       f"{len(group.contenders)} contenders")  # fmt: skip
         return 0
@@ -61,11 +62,11 @@ def run_suites(arguments):
     limits = measure_limits(level, emit)
     for name in names:
         start = time.perf_counter()
-        for group in list_suite(name, level.name, platform):
+        for group in _list_matching(name, level, platform, arguments.match):
             print(f"{name}: {group.operation}, {group.case.name}")
             emit(measure_group(group, level, limits))
         print(f"{name} took {time.perf_counter() - start:.0f} s")
-    if set(names) == set(SUITES):
+    if set(names) == set(SUITES) and arguments.match is None:
         took_ms = 1e3 * (time.perf_counter() - start_of_all)
         emit([make_timed_record(*make_whole_run(level.name), level, limits, [took_ms])])
     return 0
@@ -120,6 +121,7 @@ def _build_parser():
     level.add_argument("--quick", action="store_true", help="small cases, minutes (the default)")
     level.add_argument("--full", action="store_true", help="real model shapes, up to an hour")
     run.add_argument("--out", metavar="FILE", help="append the records here")
+    run.add_argument("--match", metavar="REGEX", help="only problems whose name it is found in")
     run.add_argument("--list", action="store_true", help="only name what would be measured")
     report = add_command("report", write_reports, "make tables and plots of the newest records")
     report.add_argument("--readme", action="store_true", help="also write the README's block")
@@ -130,6 +132,15 @@ def _build_parser():
     for subparser in (report, bars):
         subparser.add_argument("--device", help="folder under benchmarks/results; this machine's")
     return parser
+
+
+def _list_matching(name, level, platform, pattern):
+    groups = list_suite(name, level.name, platform)
+    if pattern is None:
+        return groups
+    return [
+        group for group in groups if re.search(pattern, f"{group.operation}, {group.case.name}")
+    ]
 
 
 def _name_output(level):

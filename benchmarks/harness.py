@@ -42,6 +42,7 @@ class Contender(NamedTuple):
     setting: str = "defaults"
     requires: tuple[str, ...] = ()  # modules that have to be installed
     most_runs: int | None = None  # None: as many as the level allows
+    skip: str | None = None  # why it is not to be measured here
 
 
 class Group(NamedTuple):
@@ -68,7 +69,7 @@ class Level(NamedTuple):
 
 
 QUICK = Level("quick", 7, 0.6)
-FULL = Level("full", 9, 4.0)
+FULL = Level("full", 7, 2.5)
 
 
 def measure_group(group, level, limits):
@@ -79,7 +80,7 @@ def measure_group(group, level, limits):
     except FileNotFoundError as error:  # weights of an optional package
         inputs, no_inputs = (), str(error)
     for contender in group.contenders:
-        reason = no_inputs or why_missing(contender.requires)
+        reason = no_inputs or contender.skip or why_missing(contender.requires)
         if reason is not None:
             records.append(_make_record(group, contender, level, limits, reason=reason))
             continue

@@ -9,6 +9,9 @@ import numpy as np
 from benchmarks.harness import Contender
 from benchmarks.preparation import prepare_host, prepare_jax, prepare_torch
 
+# Vector by vector, or on one core at a time, these take minutes for a matrix above this size.
+_LARGEST_OF_SLOW = 3072
+
 
 def list_svd_peers(case, platform, *, with_full=True):
     """Return the contenders for the leading `case.rank` triplets of float32 matrices."""
@@ -30,16 +33,25 @@ def list_svd_peers(case, platform, *, with_full=True):
     if platform == "gpu":
         peers.append(Contender("cupy svds", functools.partial(_prepare_cupy, rank),
                                setting="defaults", requires=("cupy",), **few))  # fmt: skip
-    if with_full:
-        peers += [
-            Contender("jnp.linalg.svd", functools.partial(_prepare_jnp_svd, rank),
-                      setting="thin, cut to the rank", **few),
-            Contender("numpy.linalg.svd", functools.partial(_prepare_numpy_svd, rank),
-                      setting="thin, cut to the rank", requires=("threadpoolctl",), **few),
-            Contender("torch.linalg.svd", functools.partial(_prepare_torch_svd, rank),
-                      setting="thin, cut to the rank", requires=("torch",), **few),
-        ]  # fmt: skip
-    return peers
+    peers += [
+        Contender("jnp.linalg.svd", functools.partial(_prepare_jnp_svd, rank),
+                  setting="thin, cut to the rank", **few),
+        Contender("numpy.linalg.svd", functools.partial(_prepare_numpy_svd, rank),
+                  setting="thin, cut to the rank", requires=("threadpoolctl",), **few),
+        Contender("torch.linalg.svd", functools.partial(_prepare_torch_svd, rank),
+                  setting="thin, cut to the rank", requires=("torch",), **few),
+    ]  # fmt: skip
+    is_large = platform == "cpu" and min(case.shape) > _LARGEST_OF_SLOW
+    return [_leave_out(peer, with_full=with_full, is_large=is_large) for peer in peers]
+
+
+def _leave_out(peer, *, with_full, is_large):
+    """Return the peer, or the peer with the reason why it is not measured."""
+    if peer.name.endswith("linalg.svd") and not with_full:
+        return peer._replace(skip="the full decomposition is measured at one rank a shape")
+    if is_large and peer.name in ("fbpca", "scipy svds", "matfree"):
+        return peer._replace(skip="takes minutes at this size")
+    return peer
 
 
 def _torch_lowrank(rank, num_iterations):

@@ -10,7 +10,7 @@ from benchmarks.harness import Level, measure_group
 from benchmarks.limits import Limits
 from benchmarks.models.minilm import find_minilm
 from benchmarks.records import check_record
-from benchmarks.suites import adaptation
+from benchmarks.suites import adaptation, adapted_layers, encoder_steps, whole_models
 
 # One run of each: what is tested is that it runs, and how exact it is.
 ONCE = Level("quick", 1, 0.1)
@@ -56,7 +56,7 @@ def test_each_contender_has_a_record_of_its_own(level, platform):
 
 
 def test_weights_of_one_shape_differ_but_in_their_singular_values():
-    model = adaptation.make_model(64, 2, "float32")
+    model = whole_models.make_model(64, 2, "float32")
     assert len(model.arrays) == 14
     assert model.arrays["layers/1/gate"].shape == (64, 172)
     squares = [a for a in model.arrays.values() if a.shape == (64, 64)]
@@ -67,7 +67,7 @@ def test_weights_of_one_shape_differ_but_in_their_singular_values():
 
 
 def test_a_deep_model_is_adapted_in_turns():
-    model = adaptation.make_model(16, 32, "bfloat16")
+    model = whole_models.make_model(16, 32, "bfloat16")
     assert (len(model.arrays), model.turns) == (8 * 7, 4)
     (group,) = [group for group in adaptation.list_groups("full", "gpu")
                 if group.case.fields.rank == 128 and len(group.contenders) > 1]  # fmt: skip
@@ -75,8 +75,7 @@ def test_a_deep_model_is_adapted_in_turns():
 
 
 def test_whole_models_are_initialised_near_the_optimum():
-    pytest.importorskip("threadpoolctl", reason="the float64 spectrum needs threadpoolctl")
-    group = adaptation.make_model_group(64, 1, 4, "float32", is_full=True)
+    group = whole_models.make_model_group(64, 1, 4, "float32", is_full=True)
     found = measure(group)
     assert {"jlora adapt", "jlora adapt, stacked"} <= set(found)
     for name, errors in found.items():
@@ -87,18 +86,17 @@ def test_whole_models_are_initialised_near_the_optimum():
 
 
 def test_first_call_compiles_and_finds_the_same(monkeypatch):
-    pytest.importorskip("threadpoolctl", reason="the float64 spectrum needs threadpoolctl")
     cleared = []
     # Emptied in earnest, the caches would be missed by every test after this one.
-    monkeypatch.setattr(adaptation.jax, "clear_caches", lambda: cleared.append(True))
-    (errors,) = measure(adaptation.make_cold_group(128, 1, 4, "float32")).values()
+    monkeypatch.setattr(whole_models.jax, "clear_caches", lambda: cleared.append(True))
+    (errors,) = measure(whole_models.make_cold_group(128, 1, 4, "float32")).values()
     assert cleared
     assert abs(errors["excess error"]) < 1e-4
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # qwix calls what flax gives up
 def test_layers_err_like_one_product(standard_promotion):
-    found = measure(adaptation.make_layer_group(96, 24, 8))
+    found = measure(adapted_layers.make_layer_group(96, 24, 8))
     assert {"jlora apply_factors", "jax plain"} <= set(found)
     for errors in found.values():
         # Sums of 96 terms in float32 err by about 5 eps of 1.2e-7.
@@ -110,7 +108,7 @@ def test_training_steps_start_from_the_loss_of_the_plain_weights(standard_promot
         find_minilm()
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    found = measure(adaptation.make_step_group(4, 2, 6))
+    found = measure(encoder_steps.make_step_group(4, 2, 6))
     assert len(found) == 3
     for errors in found.values():
         # Embeddings agree to 2e-6 (test_minilm), the logits are twenty times their products.

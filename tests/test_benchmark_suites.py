@@ -87,7 +87,6 @@ def test_cut_products_are_optimal(group):
 
 
 def test_extraction_is_optimal():
-    pytest.importorskip("threadpoolctl", reason="the float64 spectrum needs threadpoolctl")
     group = updates.make_extract_group(Case(*SMALL, 32, "low rank plus noise"), "cpu")
     (errors,) = measure_ours(group).values()
     # The gap of ten behind rank 32 leaves rounding alone: as above.
