@@ -31,6 +31,7 @@ class Prepared(NamedTuple):
     compile_ms: float | None = None
     peak_bytes: int | None = None
     temporary_bytes: int | None = None
+    pool: str = "xla"  # whose threads run it: xla | torch | blas
 
 
 class Contender(NamedTuple):
@@ -70,6 +71,11 @@ class Level(NamedTuple):
 
 QUICK = Level("quick", 7, 0.6)
 FULL = Level("full", 7, 2.5)
+
+
+# Threads of torch and OpenMP go on spinning for a fifth of a second after their work, and would
+# take a core from whoever comes next.
+_SETTLE_SECONDS = 0.25
 
 
 def measure_group(group, level, limits):
@@ -148,9 +154,13 @@ def _run_in_turns(prepared, level):
         if counts:
             planned[contender] = 0
             times[contender].append((-1, 1e3 * seconds))  # not in turn with the others
+    pool = "xla"
     for number in range(max(planned.values(), default=0)):
         for contender, (ready, *_) in prepared.items():
             if number < planned[contender]:
+                if pool not in ("xla", ready.pool):
+                    time.sleep(_SETTLE_SECONDS)
+                pool = ready.pool
                 start = time.perf_counter()
                 ready.run()
                 times[contender].append((number, 1e3 * _seconds_since(start)))

@@ -61,7 +61,7 @@ def prepare_torch(function, *arrays):
     def fetch(result):
         return jax.tree.map(lambda x: x.detach().float().cpu().numpy(), tuple_of(result))
 
-    return Prepared(run, fetch)
+    return Prepared(run, fetch, pool="torch")
 
 
 def to_torch(array):
@@ -79,7 +79,7 @@ def prepare_host(function, *arrays):
         with use_all_threads():
             return function(*arrays)
 
-    return Prepared(run, lambda result: result)
+    return Prepared(run, lambda result: result, pool="blas")
 
 
 def use_all_threads():

@@ -64,6 +64,14 @@ def test_recompress_gradient_jit_and_vmap():
                                rtol=1e-5)  # fmt: skip
 
 
+def test_nan_in_a_factor_gives_nan_for_that_matrix_alone():
+    factors = make_factors(12, 9, 4, batch=(2,))
+    bad = factors._replace(u=factors.u.at[0, 3, 1].set(jnp.nan))
+    for result in (jlora.recompress(bad, 2), jlora.balance(bad)):
+        assert all(bool(jnp.isnan(part[0]).all()) for part in result)
+        assert all(bool(jnp.isfinite(part[1]).all()) for part in result)
+
+
 @pytest.mark.parametrize("columns", [2, slice(1, 3), [0, -1], np.array([4, 2])], ids=str)
 def test_set_columns_changes_these_alone(columns):
     factors = make_factors(6, 5, 3, batch=(2,))

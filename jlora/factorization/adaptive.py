@@ -1,5 +1,6 @@
 """A decomposition that grows until it is exact enough."""
 
+import dataclasses
 import functools
 
 import jax
@@ -26,6 +27,7 @@ _MARGIN = 2.0  # standard errors of the probes' mean that are added before it is
     data_fields=("svd", "rank", "error", "is_reached"),
     meta_fields=(),
 )
+@dataclasses.dataclass(frozen=True)
 class AdaptiveSVD:
     """What `adaptive_svd` gives back; unpacks as `svd, rank`.
 
@@ -37,11 +39,10 @@ class AdaptiveSVD:
         (30,)
     """
 
-    def __init__(self, svd, rank, error, is_reached):
-        self.svd = svd  # SVD padded with zeros to max_rank
-        self.rank = rank  # [...] int32, triplets kept
-        self.error = error  # [...] estimate of ‖a − u s vt‖_F / ‖a‖_F
-        self.is_reached = is_reached  # [...] bool, whether the error is below the tolerance
+    svd: SVD  # padded with zeros to max_rank
+    rank: jax.Array  # [...] int32, triplets kept
+    error: jax.Array  # [...], estimate of ‖a − u s vt‖_F / ‖a‖_F
+    is_reached: jax.Array  # [...] bool, whether the error is below the tolerance
 
     def __iter__(self):
         return iter((self.svd, self.rank))

@@ -49,6 +49,11 @@ def orthonormalize_against(basis, y, noise):
     return rows, coefficients * scale
 
 
+def householder(y):
+    """Return orthonormal rows by Householder QR: the oracle of the tests."""
+    return jnp.linalg.qr(y.mT)[0].mT
+
+
 def _finish_healthy(basis, y, gram):
     """Finish a block that is nearly orthonormal already: two plain steps do."""
     return _cholesky_qr(_multiply_inverse(gram, y), shift=0.0)
@@ -70,11 +75,6 @@ def _orthonormalize_again(basis, y, gram):
 
 def _project_out(basis, y):
     return y - matmul(matmul(y, basis.mT), basis)
-
-
-def householder(y):
-    """Return orthonormal rows by Householder QR: the oracle of the tests."""
-    return jnp.linalg.qr(y.mT)[0].mT
 
 
 def _normalize_rows(y):
