@@ -43,6 +43,7 @@ class Contender(NamedTuple):
     setting: str = "defaults"
     requires: tuple[str, ...] = ()  # modules that have to be installed
     most_runs: int | None = None  # None: as many as the level allows
+    least_runs: int = 1  # however long they take
     skip: str | None = None  # why it is not to be measured here
 
 
@@ -136,7 +137,7 @@ def _warm_up(group, contender, inputs, level):
     seconds = _seconds_since(start)
     errors = group.measure_errors(inputs, ready.fetch(result))
     # A run this long is not repeated, and what first use adds to it is nothing beside it.
-    counts = seconds > 2 * level.seconds
+    counts = contender.least_runs == 1 and seconds > 2 * level.seconds
     if not counts:
         start = time.perf_counter()
         ready.run()
@@ -150,7 +151,8 @@ def _run_in_turns(prepared, level):
     planned = {}
     for contender, (_, _, seconds, counts) in prepared.items():
         most = min(contender.most_runs or level.most_runs, level.most_runs)
-        planned[contender] = max(1, min(int(level.seconds / max(seconds, 1e-9)), most))
+        affordable = int(level.seconds / max(seconds, 1e-9))
+        planned[contender] = max(contender.least_runs, min(affordable, most))
         if counts:
             planned[contender] = 0
             times[contender].append((-1, 1e3 * seconds))  # not in turn with the others

@@ -40,9 +40,11 @@ def make_whole_run(level_name):
 
 def _make_import_group():
     contenders = (
-        Contender("import jlora", lambda: _prepare_command("-c", "import jlora"), "jlora"),
-        Contender("import jax, optax", lambda: _prepare_command("-c", "import jax, optax")),
-    )
+        Contender("import jlora", lambda: _prepare_command("-c", "import jlora"), "jlora",
+                  least_runs=9),
+        Contender("import jax, optax", lambda: _prepare_command("-c", "import jax, optax"),
+                  least_runs=9),
+    )  # fmt: skip
     return Group(SUITE, "import", WholeCase("a fresh process"), tuple, contenders,
                  lambda inputs, output: {})  # fmt: skip
 
