@@ -23,6 +23,7 @@ from benchmarks.environment import (
 from benchmarks.harness import FULL, QUICK, make_timed_record, measure_group, start_of_run
 from benchmarks.limits import measure_limits
 from benchmarks.records import append_records, read_newest, read_records
+from benchmarks.spread import find_error
 from benchmarks.suites import SUITES, list_suite
 from benchmarks.suites.package import make_whole_run
 
@@ -170,8 +171,8 @@ def _print_record(record):
     times = record["times_ms"]
     median = statistics.median(times)
     floor = f"{median / record['floor_ms']:7.1f}× floor" if record["floor_ms"] else ""
-    error = next(iter(record["errors"].items()), None)
-    error = f"{error[0]} {error[1]:.2e}" if error else ""
+    kind, value = find_error(record)
+    error = "" if kind is None else f"{kind} {value:.2e}"
     print(f"{name} {median:10.2f} ms ({min(times):.2f}..{max(times):.2f}) "
           f"{floor}  {error}", flush=True)  # fmt: skip
 

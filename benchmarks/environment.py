@@ -32,9 +32,10 @@ def describe_environment():
     }  # fmt: skip
 
 
-def name_device_folder():
-    """Return the results folder's name of this kind of device."""
-    return re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
+def name_device_folder(kind=None):
+    """Return the results folder's name of a kind of device; None: of this one."""
+    kind = jax.devices()[0].device_kind if kind is None else kind
+    return re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
 
 
 def count_threads():

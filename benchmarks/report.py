@@ -1,7 +1,6 @@
 """The tables of the newest records of one kind of device, and the README's part of them."""
 
-import re
-
+from benchmarks.environment import name_device_folder
 from benchmarks.plots import can_draw, draw_plots
 from benchmarks.spread import (
     choose_cases,
@@ -230,8 +229,7 @@ def make_readme_block(records):
                      if record["implementation"] == DEFAULT and is_measured(record)})  # fmt: skip
     left_out = max(0, num_cases - MAX_README_CASES)
     more = f" ({left_out} more cases are there)" if left_out else ""
-    kind = re.sub(r"[^a-z0-9]+", "-", svds[0]["device"]["kind"].lower()).strip("-")
-    report = f"benchmarks/results/{kind}/report"
+    report = f"benchmarks/results/{name_device_folder(svds[0]['device']['kind'])}/report"
     table = make_main_table(svds)
     busy = f"\n{_BUSY}\n" if _BUSY_MARK in table else ""
     return f"""\

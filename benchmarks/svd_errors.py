@@ -37,9 +37,7 @@ def _measure_one(a, u, s, vt):
     with use_all_threads():
         a = np.asarray(a, np.float64)
         residual = np.linalg.norm(a - (u * s) @ vt)
-        orthogonality = max(
-            np.abs(u.T @ u - np.eye(rank)).max(), np.abs(vt @ vt.T - np.eye(rank)).max()
-        )
+        orthogonality = measure_orthogonality(u, vt)
     norm = np.linalg.norm(values)
     best = np.linalg.norm(values[rank:])
     return {
@@ -49,6 +47,12 @@ def _measure_one(a, u, s, vt):
         "orthogonality": orthogonality,
         "energy": 1 - (residual / norm) ** 2,
     }
+
+
+def measure_orthogonality(u, vt):
+    """Return the largest of |uᵀu − I| and |vvᵀ − I|."""
+    identity = np.eye(len(vt))
+    return max(np.abs(u.T @ u - identity).max(), np.abs(vt @ vt.T - identity).max())
 
 
 def compute_singular_values(a):

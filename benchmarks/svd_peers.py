@@ -77,25 +77,26 @@ def _prepare_torch_svd(rank, a):
     def run(a):
         import torch
 
-        return _cut(rank, *torch.linalg.svd(a, full_matrices=False))
+        return cut_svd(rank, *torch.linalg.svd(a, full_matrices=False))
 
     return prepare_torch(run, _as_float32(a))
 
 
 def _prepare_jnp_svd(rank, a):
     def run(a):
-        return _cut(rank, *jnp.linalg.svd(a.astype(jnp.float32), full_matrices=False))
+        return cut_svd(rank, *jnp.linalg.svd(a.astype(jnp.float32), full_matrices=False))
 
     return prepare_jax(run, a)
 
 
 def _prepare_numpy_svd(rank, a):
     return prepare_host(
-        lambda a: _cut(rank, *np.linalg.svd(a, full_matrices=False)), _as_float32(a)
+        lambda a: cut_svd(rank, *np.linalg.svd(a, full_matrices=False)), _as_float32(a)
     )
 
 
-def _cut(rank, u, s, vt):
+def cut_svd(rank, u, s, vt):
+    """Return the leading triplets of any library's SVD, batched or not."""
     return u[..., :rank], s[..., :rank], vt[..., :rank, :]
 
 

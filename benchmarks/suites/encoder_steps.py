@@ -69,7 +69,7 @@ def _prepare_transformers(params, tokens):
             torch.cuda.synchronize()
         return found
 
-    return Prepared(run, lambda found: found.cpu().numpy())
+    return Prepared(run, lambda found: found.cpu().numpy(), pool="torch")
 
 
 @functools.cache

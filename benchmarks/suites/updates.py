@@ -11,8 +11,8 @@ import jlora
 from benchmarks.cases import Case, make_weights
 from benchmarks.harness import Contender, Group
 from benchmarks.preparation import prepare_jax, prepare_torch
-from benchmarks.svd_errors import measure_svd_errors
-from benchmarks.svd_peers import list_svd_peers
+from benchmarks.svd_errors import measure_orthogonality, measure_svd_errors
+from benchmarks.svd_peers import cut_svd, list_svd_peers
 
 SUITE = "updates"
 _WEIGHTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of the adapters combined
@@ -167,7 +167,7 @@ def _list_torch_roads(rank, join):
         import torch
 
         u, v = join(*inputs)
-        return _cut(rank, *torch.linalg.svd(u @ v, full_matrices=False))
+        return cut_svd(rank, *torch.linalg.svd(u @ v, full_matrices=False))
 
     def run_lowrank(num_iterations, *inputs):
         import torch
@@ -177,7 +177,7 @@ def _list_torch_roads(rank, join):
         return left, s, right.mT
 
     def run_thin(*inputs):
-        return _cut(rank, *_decompose_torch(*join(*inputs)))
+        return cut_svd(rank, *_decompose_torch(*join(*inputs)))
 
     roads = [
         ("torch dense road", run_dense, "the product formed, its thin SVD, cut", 2),
@@ -201,10 +201,6 @@ def _decompose_torch(u, v):
     return q_u @ left, s, right @ q_v.mT
 
 
-def _cut(rank, u, s, vt):
-    return u[:, :rank], s[:rank], vt[:rank]
-
-
 def measure_excess(u, v, svd):
     """Return what is judged of the cut SVD (NumPy u, s, vt) of a product of factors, in float64.
 
@@ -213,12 +209,9 @@ def measure_excess(u, v, svd):
     """
     left, s, right = (np.asarray(part, np.float64) for part in svd)
     best = np.linalg.norm(np.linalg.svd(_make_core(u, v), compute_uv=False)[len(s) :])
-    identity = np.eye(len(s))
     return {
         "excess error": _measure_distance((u, v), (left * s, right)) / best - 1,
-        "orthogonality": max(
-            np.abs(left.T @ left - identity).max(), np.abs(right @ right.T - identity).max()
-        ),
+        "orthogonality": measure_orthogonality(left, right),
     }
 
 

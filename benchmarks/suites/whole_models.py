@@ -255,7 +255,7 @@ def _prepare_peft(init, rank, model):
         layers = adapted.base_model.model
         return {path: _read_peft(layers.get_submodule(path.replace("/", "."))) for path in weights}
 
-    return Prepared(run, lambda adapted: (fetch(adapted), {}))
+    return Prepared(run, lambda adapted: (fetch(adapted), {}), pool="torch")
 
 
 def _build_modules(weights):

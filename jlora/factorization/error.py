@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _checks
-from jlora._numerics import compute_dtype, matmul, power_of_two_scale
+from jlora._numerics import compute_dtype, frobenius_norm, matmul, power_of_two_scale
 from jlora.factorization.orthonormal import orthonormalize
 from jlora.factorization.products import multiply, solve_stored
 from jlora.factorization.sketch import gaussian_sketch
@@ -116,9 +116,7 @@ def _estimate_error(a, svd, key, num_probes):
     u, s, vt = (part.astype(dtype) for part in svd)
     coordinates = matmul(probes, vt.mT) * s[..., None, :]
     left = _multiply(a, probes) - matmul(coordinates, u.mT)
-    scale = power_of_two_scale(left)
-    norm = jnp.linalg.norm(left / scale, axis=(-2, -1), keepdims=True)
-    return (norm * scale)[..., 0, 0] / num_probes**0.5
+    return frobenius_norm(left) / num_probes**0.5
 
 
 def _multiply(a, rows):
