@@ -133,13 +133,9 @@ def _grow(a, norm, key, *, target, block, num_blocks, max_rank):
     sketch_key, noise_key, probe_key, core_key = jax.random.split(key, 4)
     batch, n = a.shape[:-2], a.shape[-1]
     dtype = norm.dtype
-
-    def draw(key, rows, columns):
-        return jnp.broadcast_to(gaussian_sketch(key, rows, columns, dtype), (*batch, rows, columns))
-
-    omega = draw(sketch_key, block, n)
+    omega = gaussian_sketch(sketch_key, block, n, dtype, batch)
     noise = draw_noise(noise_key, a, omega, num_blocks)
-    probes = multiply(a, draw(probe_key, _NUM_PROBES, n))
+    probes = multiply(a, gaussian_sketch(probe_key, _NUM_PROBES, n, dtype, batch))
 
     def estimate(probes):
         """Return the estimate and its upper end, both relative to the norm."""
@@ -161,7 +157,8 @@ def _grow(a, norm, key, *, target, block, num_blocks, max_rank):
     start = (0, start_bidiagonal(a, omega, num_blocks, noise), probes)
     _, (left, core, right), probes = jax.lax.while_loop(is_open, grow, start)
     width = core.shape[-2]
-    e, s, f = decompose_core(core, width, draw(core_key, width, core.shape[-1]))
+    fresh = gaussian_sketch(core_key, width, core.shape[-1], dtype, batch)
+    e, s, f = decompose_core(core, width, fresh)
     return SVD(matmul(e.mT, left).mT, s, matmul(f, right)), estimate(probes)
 
 

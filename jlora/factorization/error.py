@@ -111,8 +111,7 @@ def estimate_sketch_error(sketch, *, key):
 @functools.partial(jax.jit, static_argnames="num_probes")
 def _estimate_error(a, svd, key, num_probes):
     dtype = compute_dtype(a.dtype, svd.s.dtype)
-    probes = gaussian_sketch(key, num_probes, a.shape[-1], dtype)
-    probes = jnp.broadcast_to(probes, (*a.shape[:-2], *probes.shape))
+    probes = gaussian_sketch(key, num_probes, a.shape[-1], dtype, a.shape[:-2])
     u, s, vt = (part.astype(dtype) for part in svd)
     coordinates = matmul(probes, vt.mT) * s[..., None, :]
     left = _multiply(a, probes) - matmul(coordinates, u.mT)
@@ -130,8 +129,8 @@ def _estimate_sketch_error(sketch, key):
     rows = sketch.astype(compute_dtype(sketch.dtype)).mT
     scale = power_of_two_scale(rows)
     rows = rows / scale
-    noise = gaussian_sketch(key, *rows.shape[-2:], rows.dtype)
-    basis = orthonormalize(rows, jnp.broadcast_to(noise, rows.shape))
+    noise = gaussian_sketch(key, *rows.shape[-2:], rows.dtype, rows.shape[:-2])
+    basis = orthonormalize(rows, noise)
     factor = matmul(rows, basis.mT)  # sketchᵀ = factor basis
     size = jnp.linalg.norm(factor, axis=(-2, -1), keepdims=True)
     # A rank-deficient sketch has a singular factor: an inverse at the rounding level instead.

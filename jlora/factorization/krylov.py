@@ -54,8 +54,8 @@ def draw_noise(key, a, omega, num_blocks):
     Shifted by one column, it is as good as drawn anew, and costs nothing.
     """
     block = omega.shape[-2]
-    noise = gaussian_sketch(key, block, a.shape[-2] + a.shape[-1] + num_blocks, omega.dtype)
-    return jnp.broadcast_to(noise, (*a.shape[:-2], *noise.shape))
+    length = a.shape[-2] + a.shape[-1] + num_blocks
+    return gaussian_sketch(key, block, length, omega.dtype, a.shape[:-2])
 
 
 def start_bidiagonal(a, omega, num_blocks, noise):
@@ -75,17 +75,37 @@ def add_block(a, factors, i, block, noise, width):
     fresh = jax.lax.dynamic_slice_in_dim(noise, i, m + n, axis=-1)
     left, core, right = factors
     start = i * block
-    direction = jax.lax.dynamic_slice_in_dim(right, start, block, axis=-2)
-    new, _ = orthonormalize_against(left[..., :width, :], multiply(a, direction), fresh[..., :m])
+    # Of a times a right block the left basis holds what came with the last block, and rounding.
+    last = _take_rows(left, jnp.maximum(start - block, 0), block)
+    direction = _take_rows(right, start, block)
+    new, _, _ = orthonormalize_against(
+        left[..., :width, :], last, multiply(a, direction), fresh[..., :m]
+    )
     product = multiply_transposed(a, new)
-    seen = right[..., : width + block, :]
-    following, coefficients = orthonormalize_against(seen, product, fresh[..., m:])
+    following, near_part, part = orthonormalize_against(
+        right[..., : width + block, :], direction, product, fresh[..., m:]
+    )
     padding = [(0, 0)] * (core.ndim - 1) + [(0, core.shape[-1] - width - block)]
-    core = _put_rows(core, jnp.pad(coefficients, padding), start)
-    corner = (*[0] * (core.ndim - 2), start, start + block)
-    core = jax.lax.dynamic_update_slice(core, matmul(product, following.mT), corner)
-    return Bidiagonal(_put_rows(left, new, start), core, _put_rows(right, following, start + block))
+    row = jnp.pad(part, padding)
+    row = _put_columns(row, _take_columns(row, start, block) + near_part, start)
+    row = _put_columns(row, matmul(product, following.mT), start + block)
+    return Bidiagonal(
+        _put_rows(left, new, start), _put_rows(core, row, start),
+        _put_rows(right, following, start + block),
+    )  # fmt: skip
+
+
+def _take_rows(buffer, start, size):
+    return jax.lax.dynamic_slice_in_dim(buffer, start, size, axis=-2)
 
 
 def _put_rows(buffer, rows, start):
     return jax.lax.dynamic_update_slice_in_dim(buffer, rows, start, axis=-2)
+
+
+def _take_columns(buffer, start, size):
+    return jax.lax.dynamic_slice_in_dim(buffer, start, size, axis=-1)
+
+
+def _put_columns(buffer, columns, start):
+    return jax.lax.dynamic_update_slice_in_dim(buffer, columns, start, axis=-1)

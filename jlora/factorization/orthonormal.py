@@ -15,6 +15,10 @@ import jax.numpy as jnp
 
 from jlora._numerics import matmul, power_of_two_scale, safe_divide
 
+# Singular values at the rounding level grow about 60 times a shifted step: four reach one, and
+# what the projections between them take away needs a few more.
+_MOST_PROJECTIONS = 8
+
 
 def orthonormalize(y, noise):
     """Return orthonormal rows whose span holds that of y, [..., l, m] with l ≤ m.
@@ -26,55 +30,60 @@ def orthonormalize(y, noise):
     return _robust_cholesky_qr(_normalize_rows(_perturb(y, noise)))
 
 
-def orthonormalize_against(basis, y, noise):
-    """Return (rows, coefficients): `rows` extend `basis` by the span of y [..., l, m].
+def orthonormalize_against(basis, near, y, noise):
+    """Return (rows, near_part, part): `rows` extend `basis` by the span of y [..., l, m].
 
-    Rows of `basis` [..., L, m] are orthonormal or zero; y ≈ coefficients @ basis plus something
-    in the span of `rows`. Two projections: what the first leaves can be rounding error, and
-    only once that is scaled up to norm one does the second make it orthogonal.
+    Rows of `basis` [..., L, m] are orthonormal or zero. `near` [..., l, m] are those among them
+    that hold all of y that the basis holds, but for rounding: of a block Lanczos process the last
+    block. Then y ≈ near_part @ near + part @ basis plus something in the span of `rows`.
+
+    The large part is taken out by the short product with `near`. What rounding left of the others
+    grows when the rest is scaled up to norm one, so that is projected on the whole basis: once,
+    or until what the projection leaves is nearly orthonormal, for rows that are dependent or all
+    but inside the basis.
     """
     scale = power_of_two_scale(y)
-    y = y / scale
-    coefficients = matmul(y, basis.mT)
-    size = jnp.linalg.norm(y, axis=-1, keepdims=True)
-    left = safe_divide(y - matmul(coefficients, basis), size)
-    y = _normalize_rows(_perturb(left, noise))
-    y = _cholesky_qr(y, _find_shift(y))
-    y = _project_out(basis, y)
-    gram = matmul(y, y.mT)
-    distance = jnp.linalg.norm(gram - _eye_like(gram), axis=(-2, -1))
-    rows = jax.lax.cond(
-        jnp.any(distance > 0.5), _orthonormalize_again, _finish_healthy, basis, y, gram
-    )
-    return rows, coefficients * scale
+    scaled = y / scale
+    size = jnp.linalg.norm(scaled, axis=-1, keepdims=True)
+    near_part = matmul(y, near.mT)
+    rest = safe_divide(scaled - matmul(near_part / scale, near), size)
+
+    def project(state):
+        i, rows, gram, part, transform = state
+        rows, lower = _scale_up(rows, gram)
+        transform = matmul(transform, lower)
+        inside = matmul(rows, basis.mT)
+        rows = rows - matmul(inside, basis)
+        return i + 1, rows, matmul(rows, rows.mT), part + matmul(transform, inside), transform
+
+    def is_far(state):
+        i, _, gram, *_ = state
+        distance = jnp.linalg.norm(gram - _eye_like(gram), axis=(-2, -1))
+        return (i == 0) | (i < _MOST_PROJECTIONS) & jnp.any(distance > 0.5)
+
+    rest = _perturb(rest, noise)
+    gram = matmul(rest, rest.mT)
+    nothing = jnp.zeros((*y.shape[:-1], basis.shape[-2]), y.dtype)
+    start = 0, rest, gram, nothing, scale * size * _eye_like(gram)
+    _, rest, gram, part, _ = jax.lax.while_loop(is_far, project, start)
+    _, inverse = _factor(gram, shift=0.0)
+    return matmul(inverse, rest), near_part, part
+
+
+def _scale_up(y, gram):
+    """Return (x, L) with L @ x = y, x nearer to orthonormal rows; `gram` is that of y.
+
+    The Gram matrix gets ones on its diagonal first: rows of which the last projection left little
+    would vanish in the shift.
+    """
+    length = jnp.sqrt(jnp.diagonal(gram, axis1=-2, axis2=-1))[..., None]
+    lower, inverse = _factor(safe_divide(gram, length * length.mT), _find_shift(y))
+    return matmul(safe_divide(inverse, length.mT), y), length * lower
 
 
 def householder(y):
     """Return orthonormal rows by Householder QR: the oracle of the tests."""
     return jnp.linalg.qr(y.mT)[0].mT
-
-
-def _finish_healthy(basis, y, gram):
-    """Finish a block that is nearly orthonormal already: two plain steps do."""
-    return _cholesky_qr(_multiply_inverse(gram, y), shift=0.0)
-
-
-def _orthonormalize_again(basis, y, gram):
-    """Finish a block that is ill-conditioned or that the projection left little of.
-
-    In a block of an exhausted matrix, the first projection leaves parallel rows, and the second
-    takes away most of what told them apart: hence the shifts, and two more projections.
-    """
-
-    def project(_, y):
-        return _project_out(basis, _robust_cholesky_qr(y))
-
-    y = jax.lax.fori_loop(0, 2, project, _normalize_rows(y))
-    return _robust_cholesky_qr(y)
-
-
-def _project_out(basis, y):
-    return y - matmul(matmul(y, basis.mT), basis)
 
 
 def _normalize_rows(y):
@@ -104,16 +113,16 @@ def _find_shift(y):
 
 
 def _cholesky_qr(y, shift):
-    gram = matmul(y, y.mT)
-    trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
-    return _multiply_inverse(gram + shift * trace * _eye_like(gram), y)
-
-
-def _multiply_inverse(gram, y):
-    """Return inverse(L) @ y for gram = L Lᵀ."""
-    lower = jax.lax.linalg.cholesky(gram, symmetrize_input=False)
-    inverse = jax.lax.linalg.triangular_solve(lower, _eye_like(gram), left_side=True, lower=True)
+    _, inverse = _factor(matmul(y, y.mT), shift)
     return matmul(inverse, y)
+
+
+def _factor(gram, shift):
+    """Return (L, inverse of L) of gram + shift * trace * I = L Lᵀ."""
+    trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
+    eye = _eye_like(gram)
+    lower = jax.lax.linalg.cholesky(gram + shift * trace * eye, symmetrize_input=False)
+    return lower, jax.lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
 
 
 def _eye_like(gram):

@@ -14,9 +14,8 @@ from jlora.factorization.sketch import gaussian_sketch
 from jlora.factorization.subspace import subspace_factors
 from jlora.factors import SVD, check_svd
 
-# The bulk of a larger matrix is denser: two more blocks for the same excess error (table in
-# benchmarks/results; 1e-4 on spiked spectra at 1024 to 4096 rows, rank 16 to 128).
-_KRYLOV_PASSES, _KRYLOV_PASSES_LARGE, _LARGE = 24, 28, 3072
+# Where the bulk of a matrix this large is cut, wide blocks and few passes cost less.
+_LARGE = 3072
 _SUBSPACE_PASSES = 10
 _WARM_PASSES = 2
 _WARM_OVERSAMPLING = 8
@@ -38,11 +37,12 @@ def randomized_svd(a, rank, *, key, num_passes=None, block_size=None, method="kr
         rank: static, 1 ≤ rank ≤ min(m, n).
         key: one typed PRNG key, consumed. All matrices of a batch use the same test matrix;
             for a key each, vmap over both.
-        num_passes: static, at least 2; products with a or aᵀ. None: 24 (krylov; 28
-            where m and n are at least 3072), 10 (subspace), 2 with `start`. An odd count spends
-            its first pass on a sketch through aᵀ.
-        block_size: static, columns of one block. None: max(8, ⌈rank / 2⌉) (krylov),
-            2 rank (subspace), the rank of `start` and 8 more.
+        num_passes: static, at least 2; products with a or aᵀ. None: 14 to 28 (krylov, see
+            `plan_krylov`), 10 (subspace), 2 with `start`. An odd count spends its first pass on
+            a sketch through aᵀ.
+        block_size: static, columns of one block. None: max(8, ⌈rank / 2⌉) (krylov; the rank
+            from 17 to 64 where m and n are at least 3072), 2 rank (subspace), the rank of
+            `start` and 8 more.
         method: static, "krylov" or "subspace".
         start: `SVD` of a matrix near `a`, of any rank: its leading vectors take the place of
             random ones. One pair of passes a step then follows a matrix that drifts.
@@ -145,8 +145,7 @@ def plan_iteration(shape, rank, num_passes=None, block_size=None, method="krylov
     if start is not None:
         default_passes, default_block = _WARM_PASSES, start.s.shape[-1] + _WARM_OVERSAMPLING
     elif method == "krylov":
-        default_passes = _KRYLOV_PASSES if limit < _LARGE else _KRYLOV_PASSES_LARGE
-        default_block = max(8, -(-rank // 2))
+        default_passes, default_block = plan_krylov(limit, rank)
     else:
         default_passes, default_block = _SUBSPACE_PASSES, 2 * rank
     given = num_passes is not None or block_size is not None
@@ -165,6 +164,20 @@ def plan_iteration(shape, rank, num_passes=None, block_size=None, method="krylov
         )
     # Krylov keeps one right block more than left ones.
     return num_passes, block_size, width + (block_size if method == "krylov" else 0)
+
+
+def plan_krylov(limit, rank):
+    """Return the default (num_passes, block_size) for matrices of limit = min(m, n).
+
+    The fewest passes that leave an excess error of at most 1e-4 on the slowest of the spectra in
+    benchmarks/results, "choice of passes": spiked, flat and pretrained, over several seeds.
+    """
+    half = max(8, -(-rank // 2))
+    if rank <= 16:
+        return (14 if rank <= 8 else 22), half
+    if limit < _LARGE:
+        return (22 if rank >= 128 else 24 if rank >= 48 else 26), half
+    return (18, rank) if rank <= 64 else (28, half)
 
 
 @functools.partial(jax.jit, static_argnames="rank")
@@ -191,8 +204,7 @@ def _iterate(a, key, start, rank, num_passes, block_size, method):
     omega = _make_omega(a, sketch_key, start, block_size, is_odd=num_passes % 2 == 1)
     build = krylov_factors if method == "krylov" else subspace_factors
     left, core, right = build(a, omega, num_passes // 2, key=basis_key)
-    noise = gaussian_sketch(core_key, rank, core.shape[-1], core.dtype)
-    noise = jnp.broadcast_to(noise, (*core.shape[:-2], *noise.shape))
+    noise = gaussian_sketch(core_key, rank, core.shape[-1], core.dtype, core.shape[:-2])
     e, s, f = decompose_core(core, rank, noise)
     svd = SVD(matmul(e.mT, left).mT, s, matmul(f, right))
     # A number that is not finite in a reaches every coefficient; looking at a itself costs a pass.
@@ -203,8 +215,7 @@ def _make_omega(a, key, start, block_size, *, is_odd):
     """Return the first right block [..., b, n]: the start's vectors, then random ones."""
     batch, (m, n) = a.shape[:-2], a.shape[-2:]
     dtype = compute_dtype(a.dtype)
-    rows = gaussian_sketch(key, block_size, m if is_odd else n, dtype)
-    rows = jnp.broadcast_to(rows, (*batch, *rows.shape))
+    rows = gaussian_sketch(key, block_size, m if is_odd else n, dtype, batch)
     if start is not None:
         known = (start.u.mT if is_odd else start.vt)[..., :block_size, :].astype(dtype)
         rows = jnp.concatenate([known, rows[..., known.shape[-2] :, :]], axis=-2)
