@@ -14,7 +14,8 @@ import jax
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 _PACKAGES = ("jlora", "jax", "jaxlib", "numpy", "scipy", "optax", "torch", "scikit-learn", "fbpca",
-             "matfree", "peft", "qwix", "flax", "cupy-cuda13x", "cupy-cuda12x")  # fmt: skip
+             "matfree", "peft", "transformers", "qwix", "flax", "threadpoolctl", "cupy-cuda13x",
+             "cupy-cuda12x")  # fmt: skip
 
 
 @functools.cache

@@ -45,31 +45,51 @@ def fetch_jax(result):
 
 def prepare_torch(function, *arrays):
     """Return `function` on torch tensors, on the GPU where there is one; bfloat16 kept."""
+    set_up_torch()
+    tensors = [to_torch(array) for array in arrays]
+
+    def fetch(result):
+        return jax.tree.map(fetch_torch, tuple_of(result))
+
+    return Prepared(lambda: wait_for_torch(function(*tensors)), fetch, pool="torch")
+
+
+def set_up_torch():
+    """Give torch the thread count of everybody, and a seed: svd_lowrank takes no generator."""
     import torch
 
     torch.set_num_threads(count_threads())
-    torch.manual_seed(0)  # svd_lowrank takes no generator
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tensors = [to_torch(array).to(device) for array in arrays]
-
-    def run():
-        result = function(*tensors)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return result
-
-    def fetch(result):
-        return jax.tree.map(lambda x: x.detach().float().cpu().numpy(), tuple_of(result))
-
-    return Prepared(run, fetch, pool="torch")
+    torch.manual_seed(0)
 
 
-def to_torch(array):
+def name_torch_device():
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def to_torch(array, device=None):
+    """Return an array as a tensor on a device; None: on the GPU where there is one."""
     import torch
 
     if array.dtype == np.dtype("bfloat16"):
-        return torch.from_numpy(array.astype(np.float32)).to(torch.bfloat16)
-    return torch.from_numpy(np.array(array))
+        tensor = torch.from_numpy(array.astype(np.float32)).to(torch.bfloat16)
+    else:
+        tensor = torch.from_numpy(np.array(array))
+    return tensor.to(name_torch_device() if device is None else device)
+
+
+def wait_for_torch(result):
+    """Return the result once the GPU, where there is one, has computed it."""
+    if name_torch_device() == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+    return result
+
+
+def fetch_torch(tensor):
+    return tensor.detach().float().cpu().numpy()
 
 
 def prepare_host(function, *arrays):

@@ -1,7 +1,8 @@
 """The tables of the newest records of one kind of device, and the README's part of them."""
 
+from benchmarks.drawing import can_draw
 from benchmarks.environment import name_device_folder
-from benchmarks.plots import can_draw, draw_plots
+from benchmarks.plots import draw_plots
 from benchmarks.spread import (
     choose_cases,
     describe_commits,

@@ -5,11 +5,13 @@ import zlib
 import numpy as np
 import pytest
 
+from benchmarks.bars import SVD_CASES, evaluate_bars, list_bars
 from benchmarks.cases import Case
 from benchmarks.compare import compare_records, format_comparison
+from benchmarks.drawing import can_draw
 from benchmarks.harness import Contender, Group, Level, Prepared, measure_group
 from benchmarks.limits import Limits
-from benchmarks.plots import can_draw, draw_plots
+from benchmarks.plots import draw_plots
 from benchmarks.records import SCHEMA, check_record
 from benchmarks.report import make_main_table, make_readme_block, update_readme, write_report
 from benchmarks.spread import (
@@ -286,6 +288,25 @@ def test_report_without_matplotlib_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.report.can_draw", lambda: False)
     (path,) = write_report(make_run(), tmp_path)
     assert "no plots: matplotlib is not installed" in path.read_text()
+
+
+def test_bars_leave_none_out_and_say_what_is_missing():
+    square = Case("llama-3.2-1b", "attention", 64)
+    whole = make_record(
+        "benchmarks", [2e5], suite="package", operation="all suites", errors={},
+        case=square,
+    )  # fmt: skip
+    whole["case"] = {**whole["case"], "name": "quick"}
+    records = [make_record(case=square), make_record("jnp.linalg.svd", [10.0] * 3, case=square)]
+    lines = evaluate_bars([whole, *records])
+    assert len(lines) == len(list_bars())
+    assert "part 2, run --quick of everything, seconds: 200 (at most 360) met" in lines
+    assert "part 3, time over jnp.linalg.svd at 2048x2048: 0.2 (at most 0.05) missed" in lines
+    (line,) = (line for line in lines if line.startswith("part 3, excess error, default, worst"))
+    found = [name for name in SVD_CASES if "exponential" not in name]
+    missing = f"{len(found) - 1} of {len(found)} cases have no record"
+    assert line.endswith(f"1e-05 (at most 0.0001) missed; {missing}")
+    assert "part 4, allocate_ranks on 224 layers, ms: no record (at most 50) missed" in lines
 
 
 def list_verdicts(rows):

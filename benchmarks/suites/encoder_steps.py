@@ -10,10 +10,16 @@ import optax
 
 import jlora
 from benchmarks.cases import Case, NamedCase
-from benchmarks.environment import count_threads
 from benchmarks.harness import Contender, Group, Prepared
 from benchmarks.models import minilm
-from benchmarks.preparation import prepare_jax
+from benchmarks.preparation import (
+    fetch_torch,
+    name_torch_device,
+    prepare_jax,
+    set_up_torch,
+    to_torch,
+    wait_for_torch,
+)
 
 SUITE = "adaptation"
 
@@ -58,18 +64,9 @@ def _adapt_layers(params, rank, **settings):
 
 
 def _prepare_transformers(params, tokens):
-    import torch
-
-    torch.set_num_threads(count_threads())
-    embed = _load_transformers("cuda" if torch.cuda.is_available() else "cpu")
-
-    def run():
-        found = embed(tokens)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return found
-
-    return Prepared(run, lambda found: found.cpu().numpy(), pool="torch")
+    set_up_torch()
+    embed = _load_transformers(name_torch_device())
+    return Prepared(lambda: wait_for_torch(embed(tokens)), fetch_torch, pool="torch")
 
 
 @functools.cache
@@ -85,7 +82,7 @@ def _load_transformers(device):
 
     @torch.inference_mode()
     def embed(tokens):
-        ids, mask = (torch.from_numpy(part).long().to(device) for part in tokens)
+        ids, mask = (to_torch(part, device).long() for part in tokens)
         states = model(input_ids=ids, attention_mask=mask).last_hidden_state
         weight = mask[..., None].float()
         return torch.nn.functional.normalize((states * weight).sum(1) / weight.sum(1), dim=-1)

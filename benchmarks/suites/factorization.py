@@ -2,20 +2,18 @@
 
 import functools
 
-import jax
-
 import jlora
 from benchmarks.cases import Case, make_weights
 from benchmarks.harness import Contender, Group
-from benchmarks.preparation import fetch_jax, prepare_jax
+from benchmarks.preparation import prepare_jax
+from benchmarks.suites import svd_defaults
+from benchmarks.suites.svd_defaults import prepare_svd
 from benchmarks.svd_errors import measure_svd_errors
 from benchmarks.svd_peers import list_svd_peers
-from jlora.factorization.products import multiply, multiply_transposed
-from jlora.factorization.svd import plan_iteration
 
 SUITE = "factorization"
 OPERATION = "truncated svd"
-_PASSES = {"quick": (6, 10, 16), "full": (4, 6, 8, 10, 12, 16)}
+_PASSES = {"quick": (6, 10, 16), "full": (4, 8, 12, 14, 16, 18, 20)}
 _SPECTRA = ("spiked", "flat", "exponential")
 
 
@@ -32,72 +30,7 @@ def list_groups(level_name, platform):
         )
         for case in _list_full_cases(platform)
     ]
-    groups.append(make_split_group(Case("llama-2-7b", "attention", 64)))
-    groups.append(make_seeds_group(Case("llama-3.2-1b", "attention", 64)))
-    return groups
-
-
-def make_seeds_group(case, num_seeds=20):
-    """Return the group that shows the worst of many seeds at the default setting."""
-
-    def prepare(a):
-        return prepare_jax(
-            lambda a, key: jlora.randomized_svd(a, case.rank, key=key), a, jax.random.key(0)
-        )
-
-    def measure_errors(inputs, first):
-        solve = jax.jit(lambda a, key: jlora.randomized_svd(a, case.rank, key=key))
-        excess = [
-            measure_svd_errors(inputs[0], fetch_jax(solve(inputs[0], jax.random.key(seed))))
-            for seed in range(num_seeds)
-        ]
-        return {"worst excess error": max(errors["excess error"] for errors in excess)}
-
-    ours = Contender("jlora krylov", prepare, "jlora", f"all defaults, {num_seeds} seeds")
-    return Group(SUITE, "twenty seeds", case, lambda: (make_weights(case),), (ours,),
-                 measure_errors)  # fmt: skip
-
-
-def make_split_group(case):
-    """Return the group that times the products of a decomposition alone, beside the whole."""
-    m, n = case.shape
-
-    def prepare_products(a):
-        num_blocks, block = _measure_default_blocks(case)
-
-        def multiply_only(a, rows):
-            def step(_, rows):
-                # Scaled, so that the numbers stay numbers; nothing is orthonormalised.
-                return multiply_transposed(a, multiply(a, rows)) / 1e3
-
-            return jax.lax.fori_loop(0, num_blocks, step, rows)
-
-        rows = jax.random.normal(jax.random.key(0), (block, n), "float32")
-        return prepare_jax(multiply_only, a, rows)
-
-    def measure_errors(inputs, result):
-        if not isinstance(result, tuple):
-            return {}
-        num_blocks, block = _measure_default_blocks(case)
-        compiled = _prepare_with(case)(*inputs)
-        return {
-            **measure_svd_errors(inputs[0], result),
-            "temporary over basis": compiled.temporary_bytes / (4 * (m + n) * num_blocks * block),
-        }
-
-    contenders = (
-        Contender("jlora krylov", _prepare_with(case), "jlora", "all defaults"),
-        Contender("products alone", prepare_products, "jlora",
-                  "the same passes, nothing between them"),
-    )  # fmt: skip
-    return Group(SUITE, "split of the time", case, lambda: (make_weights(case),), contenders,
-                 measure_errors)  # fmt: skip
-
-
-def _measure_default_blocks(case):
-    """Return (number of blocks, rows of one) that randomized_svd chooses for a case."""
-    num_passes, block, _ = plan_iteration(case.shape, case.rank)
-    return num_passes // 2, block
+    return groups + svd_defaults.list_groups()
 
 
 def make_group(case, level_name, platform, *, with_full):
@@ -178,11 +111,7 @@ def _make_krylov(case, num_passes):
 
 
 def _prepare_with(case, **settings):
-    def prepare(a):
-        key = jax.random.key(0)
-        return prepare_jax(lambda a: jlora.randomized_svd(a, case.rank, key=key, **settings), a)
-
-    return prepare
+    return functools.partial(prepare_svd, case, **settings)
 
 
 def _prepare_truncated(case, a):

@@ -10,18 +10,23 @@ import numpy as np
 
 import jlora
 from benchmarks.cases import Case, NamedCase
-from benchmarks.environment import count_threads
 from benchmarks.harness import Contender, Group, Prepared
 from benchmarks.matrices import make_matrix
-from benchmarks.preparation import fetch_jax, to_torch
+from benchmarks.preparation import (
+    fetch_jax,
+    fetch_torch,
+    set_up_torch,
+    to_torch,
+    wait_for_torch,
+)
 from benchmarks.svd_errors import compute_singular_values
 
 SUITE = "adaptation"
 # A layer of Llama: four square projections, and the three of a gated MLP 2.6875 times as wide.
 _SQUARE, _UP, _DOWN = ("q", "k", "v", "o"), ("gate", "up"), ("down",)
 _LAYERS_AT_ONCE = 8
-# Above this hidden size peft's exact decomposition of a whole model takes minutes.
-_LARGEST_EXACT = 1024
+# Above this hidden size peft's exact decomposition of a whole model takes more than minutes.
+_LARGEST_EXACT = 2048
 
 
 def make_model_group(hidden, layers, rank, dtype, *, is_full):
@@ -69,12 +74,8 @@ class ModelWeights:
     @functools.cached_property
     def in_torch(self):
         """The weights as torch's layers hold them, contiguous [n, m]."""
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         return {
-            path: to_torch(np.ascontiguousarray(array.T)).to(device)
-            for path, array in self.arrays.items()
+            path: to_torch(np.ascontiguousarray(array.T)) for path, array in self.arrays.items()
         }
 
 
@@ -228,10 +229,8 @@ def _make_peft(init, rank, layers):
 
 def _prepare_peft(init, rank, model):
     import peft
-    import torch
 
-    torch.set_num_threads(count_threads())
-    torch.manual_seed(0)
+    set_up_torch()
     weights = model.in_torch
     targets = [*_SQUARE, *_UP, *_DOWN]
     configure = functools.partial(peft.LoraConfig, r=rank, lora_alpha=rank, target_modules=targets)
@@ -247,9 +246,7 @@ def _prepare_peft(init, rank, model):
             del adapted
             # Fresh modules each time: peft changes the layer, and never the weight's own memory.
             adapted = peft.get_peft_model(_build_modules(weights), config)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return adapted
+        return wait_for_torch(adapted)
 
     def fetch(adapted):
         layers = adapted.base_model.model
@@ -278,8 +275,8 @@ def _build_modules(weights):
 
 def _read_peft(layer):
     """Return (u, v) of a peft layer: the transposes of its A and B."""
-    a, b = (part["default"].weight.detach() for part in (layer.lora_A, layer.lora_B))
-    return a.T.float().cpu().numpy(), b.T.float().cpu().numpy()
+    a, b = (fetch_torch(part["default"].weight) for part in (layer.lora_A, layer.lora_B))
+    return a.T, b.T
 
 
 def _measure_model(rank, inputs, result):
