@@ -81,6 +81,38 @@ def split_svd(svd, how="balanced"):
     return Factors(u * root[..., None, :], root[..., :, None] * vt)
 
 
+def fix_signs(svd):
+    """Return the SVD with the sign of each triplet chosen by a rule: the same one each time.
+
+    The entry of largest magnitude in each column of u is made positive, the first of them where
+    several are as large. u diag(s) vt stays what it is.
+
+    Shapes: m, n rows and columns, r rank.
+
+    Args:
+        svd: `SVD` of u [..., m, r], s [..., r], vt [..., r, n].
+
+    Returns:
+        `SVD` of the same shapes and dtypes.
+
+    Raises:
+        TypeError: `svd` is not an SVD.
+        ValueError: shapes that do not fit together.
+
+    Gradients: those of u and vt, turned with them.
+
+    Example:
+        >>> import jax.numpy as jnp, jlora
+        >>> svd = jlora.truncated_svd(-jnp.diag(jnp.array([4.0, 1.0])), 2)
+        >>> jlora.fix_signs(svd).u.round(3).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+    """
+    u, s, vt = check_svd(svd)
+    largest = jnp.argmax(jnp.abs(u), axis=-2, keepdims=True)
+    negative = jnp.take_along_axis(u, largest, axis=-2) < 0  # [..., 1, r]
+    return SVD(jnp.where(negative, -u, u), s, jnp.where(negative.mT, -vt, vt))
+
+
 def check_svd(svd, name="svd"):
     """Return the three arrays of `svd` after checking that they belong together."""
     if not (isinstance(svd, tuple) and len(svd) == 3):

@@ -28,13 +28,17 @@ _LEAST_REDUCED = 128
 _CORE_OVERSAMPLING = 16
 
 
-def decompose_core(core, rank, noise):
-    """Return (e [..., L, r], s [..., r], f [..., r, K]), core [..., L, K] ≈ e diag(s) f."""
+def decompose_core(core, rank, noise, *, is_reduced=True):
+    """Return (e [..., L, r], s [..., r], f [..., r, K]), core [..., L, K] ≈ e diag(s) f.
+
+    is_reduced: whether LAPACK may be given the leading part of a large core alone.
+    """
+    decompose_on_cpu = decompose_by_lapack if is_reduced else _decompose_whole
     finite = jnp.isfinite(core)
     core = jnp.where(finite, core, 0)  # LAPACK may loop on NaN
     return jax.lax.platform_dependent(
         core, noise,
-        cpu=lambda core, noise: decompose_by_lapack(core, rank),
+        cpu=lambda core, noise: decompose_on_cpu(core, rank),
         default=lambda core, noise: decompose_by_polar(core, rank, noise),
     )  # fmt: skip
 

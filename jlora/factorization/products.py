@@ -6,6 +6,8 @@ and the sum of its three blocks is as exact as a float32 product. That is what t
 made for; a CPU has no such product, and there `solve_stored` widens the matrix.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -14,8 +16,25 @@ from jlora._numerics import compute_dtype, matmul, to_compute
 _NUM_PARTS = 3
 
 
+class ImplicitProduct(NamedTuple):
+    """The matrix u @ v, multiplied without being formed."""
+
+    u: jax.Array  # [..., m, k]
+    v: jax.Array  # [..., k, n]
+
+    @property
+    def shape(self):
+        return *self.u.shape[:-1], self.v.shape[-1]
+
+    @property
+    def dtype(self):
+        return self.u.dtype
+
+
 def multiply(a, rows):
     """Return (a @ rowsᵀ)ᵀ, [..., l, m] for rows [..., l, n]."""
+    if isinstance(a, ImplicitProduct):
+        return matmul(matmul(rows, a.v.mT), a.u.mT)
     if a.dtype != rows.dtype:
         return _join_parts(_multiply_parts(a, _split_parts(rows, a.dtype).mT).mT, rows.dtype)
     # Without the barrier the compiler turns the small transpose that follows into a product in
@@ -25,6 +44,8 @@ def multiply(a, rows):
 
 def multiply_transposed(a, rows):
     """Return rows @ a, [..., l, n] for rows [..., l, m]."""
+    if isinstance(a, ImplicitProduct):
+        return matmul(matmul(rows, a.u), a.v)
     if a.dtype != rows.dtype:
         return _join_parts(_multiply_parts(_split_parts(rows, a.dtype), a), rows.dtype)
     return matmul(rows, a)

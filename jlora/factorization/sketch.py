@@ -12,3 +12,17 @@ def gaussian_sketch(key, num_rows, num_columns, dtype, batch=()):
     """
     omega = jax.random.normal(key, (num_rows, num_columns), dtype)
     return jnp.broadcast_to(omega, (*batch, num_rows, num_columns))
+
+
+def fixed_sketch(num_rows, num_columns, dtype, batch=()):
+    """Return a matrix [*batch, num_rows, num_columns] of no structure, the same each time.
+
+    For functions that take no key and need a trace of something generic, nothing random.
+    """
+    # The mixing steps of MurmurHash3 (Appleby): neighbours share no bits.
+    x = jnp.arange(1, num_rows * num_columns + 1, dtype=jnp.uint32)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    unit = (x ^ (x >> 16)).astype(dtype) / jnp.asarray(2.0**32, dtype)
+    spread = (12**0.5 * (unit - 0.5)).astype(dtype)  # of variance one
+    return jnp.broadcast_to(spread.reshape(num_rows, num_columns), (*batch, num_rows, num_columns))

@@ -194,12 +194,13 @@ def decompose_fully(a, rank):
 
 @functools.partial(jax.jit, static_argnames=("rank", "num_passes", "block_size", "method"))
 def _randomized_svd(a, key, start, rank, num_passes, block_size, method):
-    iterate = functools.partial(_iterate, rank=rank, num_passes=num_passes,
-                                block_size=block_size, method=method)  # fmt: skip
-    return solve_stored(iterate, a, key, start)
+    solve = functools.partial(iterate, rank=rank, num_passes=num_passes,
+                              block_size=block_size, method=method)  # fmt: skip
+    return solve_stored(solve, a, key, start)
 
 
-def _iterate(a, key, start, rank, num_passes, block_size, method):
+def iterate(a, key, start, rank, num_passes, block_size, method="krylov"):
+    """Return the SVD of a matrix, or of an `ImplicitProduct`, for sizes of `plan_iteration`."""
     sketch_key, basis_key, core_key = jax.random.split(key, 3)
     omega = _make_omega(a, sketch_key, start, block_size, is_odd=num_passes % 2 == 1)
     build = krylov_factors if method == "krylov" else subspace_factors
