@@ -62,6 +62,11 @@ def power_of_two_scale(a):
     return jnp.ldexp(jnp.ones_like(largest), exponent)
 
 
+def is_finite(a):
+    """Return whether all of each matrix is finite, [..., 1, 1]."""
+    return jnp.all(jnp.isfinite(a), axis=(-2, -1), keepdims=True)
+
+
 def frobenius_norm(a):
     """Return the Frobenius norm of each matrix, without overflow at large scales."""
     scale = power_of_two_scale(a)

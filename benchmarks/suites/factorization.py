@@ -13,7 +13,7 @@ from benchmarks.svd_peers import list_svd_peers
 
 SUITE = "factorization"
 OPERATION = "truncated svd"
-_PASSES = {"quick": (6, 10, 16), "full": (4, 8, 12, 14, 16, 18, 20)}
+_PASSES = {"quick": (6, 10, 16), "full": (4, 8, 10, 12, 14, 16, 17, 18, 20)}
 _SPECTRA = ("spiked", "flat", "exponential")
 
 

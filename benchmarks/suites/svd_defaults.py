@@ -32,6 +32,9 @@ CHOICE_CASES = [
     *(Case("llama-2-7b", "attention", rank) for rank in (16, 64, 128)),
     *(Case("minilm-l6", layer, 16, "pretrained", layers=6)
       for layer in ("attention", "mlp up", "mlp down")),
+    # Of ranks that are a good part of the whole.
+    *(Case("minilm-l6", layer, 64, "pretrained", layers=6) for layer in ("attention", "mlp down")),
+    Case("gpt-2", "output", 128),
 ]  # fmt: skip
 SPLIT_CASE = Case("llama-2-7b", "attention", 64)
 
@@ -87,13 +90,14 @@ def make_choice_group(case):
     def prepare(a):
         def iterate(a):
             sketch_key, basis_key = jax.random.split(jax.random.key(0))
-            omega = gaussian_sketch(sketch_key, block, a.shape[-1], a.dtype, a.shape[:-2])
+            omega = gaussian_sketch(sketch_key, block, a.shape[-1], a.dtype)
             return krylov_factors(a, omega, num_blocks, key=basis_key).core
 
         return prepare_jax(iterate, a)
 
     # The default first, as the one to judge by.
-    counts = [num_passes // 2, *range(-(-case.rank // block), num_blocks + 1)]
+    every = range(-(-case.rank // block), num_blocks + 1)
+    counts = dict.fromkeys([num_passes // 2, *every])
 
     def measure_errors(inputs, core):
         return {

@@ -133,9 +133,10 @@ def _grow(a, norm, key, *, target, block, num_blocks, max_rank):
     sketch_key, noise_key, probe_key, core_key = jax.random.split(key, 4)
     batch, n = a.shape[:-2], a.shape[-1]
     dtype = norm.dtype
-    omega = gaussian_sketch(sketch_key, block, n, dtype, batch)
+    omega = gaussian_sketch(sketch_key, block, n, dtype)
     noise = draw_noise(noise_key, a, omega, num_blocks)
-    probes = multiply(a, gaussian_sketch(probe_key, _NUM_PROBES, n, dtype, batch))
+    probes = gaussian_sketch(probe_key, _NUM_PROBES, n, dtype)
+    probes = multiply(a, jnp.broadcast_to(probes, (*batch, _NUM_PROBES, n)))
 
     def estimate(probes):
         """Return the estimate and its upper end, both relative to the norm."""
@@ -157,7 +158,7 @@ def _grow(a, norm, key, *, target, block, num_blocks, max_rank):
     start = (0, start_bidiagonal(a, omega, num_blocks, noise), probes)
     _, (left, core, right), probes = jax.lax.while_loop(is_open, grow, start)
     width = core.shape[-2]
-    fresh = gaussian_sketch(core_key, width, core.shape[-1], dtype, batch)
+    fresh = gaussian_sketch(core_key, width, core.shape[-1], dtype)
     e, s, f = decompose_core(core, width, fresh)
     return SVD(matmul(e.mT, left).mT, s, matmul(f, right)), estimate(probes)
 

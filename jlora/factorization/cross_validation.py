@@ -9,6 +9,7 @@ import numpy as np
 from jlora import _checks
 from jlora._numerics import matmul, power_of_two_scale, safe_divide, to_compute
 from jlora.factorization.rank import RankChoice
+from jlora.factorization.spectrum import refuse_tracer
 
 
 def cross_validate_rank(a, *, max_rank, key, num_folds=4):
@@ -53,10 +54,9 @@ def cross_validate_rank(a, *, max_rank, key, num_folds=4):
         3
     """
     a = _checks.check_matrix(a)
-    if isinstance(a, jax.core.Tracer) or a.ndim != 2:
-        kind = "a traced array" if isinstance(a, jax.core.Tracer) else f"shape {a.shape}"
-        error = TypeError if isinstance(a, jax.core.Tracer) else ValueError
-        raise error(f"`a` must be one concrete matrix [m, n], got {kind}. Loop over a batch.")
+    refuse_tracer(a)
+    if a.ndim != 2:
+        raise ValueError(f"`a` must be one matrix [m, n], got shape {a.shape}. Loop over a batch.")
     _checks.check_finite(a, "a")
     _checks.check_key(key)
     num_folds = _checks.check_integer(num_folds, "num_folds", minimum=2, maximum=min(a.shape))

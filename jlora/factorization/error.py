@@ -111,7 +111,8 @@ def estimate_sketch_error(sketch, *, key):
 @functools.partial(jax.jit, static_argnames="num_probes")
 def _estimate_error(a, svd, key, num_probes):
     dtype = compute_dtype(a.dtype, svd.s.dtype)
-    probes = gaussian_sketch(key, num_probes, a.shape[-1], dtype, a.shape[:-2])
+    probes = gaussian_sketch(key, num_probes, a.shape[-1], dtype)
+    probes = jnp.broadcast_to(probes, (*a.shape[:-2], *probes.shape))
     u, s, vt = (part.astype(dtype) for part in svd)
     coordinates = matmul(probes, vt.mT) * s[..., None, :]
     left = _multiply(a, probes) - matmul(coordinates, u.mT)
@@ -129,7 +130,7 @@ def _estimate_sketch_error(sketch, key):
     rows = sketch.astype(compute_dtype(sketch.dtype)).mT
     scale = power_of_two_scale(rows)
     rows = rows / scale
-    noise = gaussian_sketch(key, *rows.shape[-2:], rows.dtype, rows.shape[:-2])
+    noise = gaussian_sketch(key, *rows.shape[-2:], rows.dtype)
     basis = orthonormalize(rows, noise)
     factor = matmul(rows, basis.mT)  # sketchᵀ = factor basis
     size = jnp.linalg.norm(factor, axis=(-2, -1), keepdims=True)

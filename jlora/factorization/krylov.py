@@ -31,7 +31,7 @@ class Bidiagonal(NamedTuple):
 
 
 def krylov_factors(a, omega, num_blocks, *, key):
-    """Return the `Bidiagonal` of a after 2 * num_blocks passes, from omega [..., b, n]."""
+    """Return the `Bidiagonal` of a after 2 * num_blocks passes, from omega [..., b, n] or [b, n]."""
     block = omega.shape[-2]
     noise = draw_noise(key, a, omega, num_blocks)
     factors = start_bidiagonal(a, omega, num_blocks, noise)
@@ -49,13 +49,13 @@ def krylov_factors(a, omega, num_blocks, *, key):
 
 
 def draw_noise(key, a, omega, num_blocks):
-    """Return the noise of all blocks, [..., b, m + n + num_blocks]; block i starts at column i.
+    """Return the noise of all blocks, [b, m + n + num_blocks]; block i starts at column i.
 
     Shifted by one column, it is as good as drawn anew, and costs nothing.
     """
     block = omega.shape[-2]
     length = a.shape[-2] + a.shape[-1] + num_blocks
-    return gaussian_sketch(key, block, length, omega.dtype, a.shape[:-2])
+    return gaussian_sketch(key, block, length, omega.dtype)
 
 
 def start_bidiagonal(a, omega, num_blocks, noise):
@@ -63,8 +63,9 @@ def start_bidiagonal(a, omega, num_blocks, noise):
     batch, (m, n) = a.shape[:-2], a.shape[-2:]
     block = omega.shape[-2]
     width = num_blocks * block
+    first = orthonormalize(omega, noise[:, m : m + n])  # one for the whole batch, if it can be
     right = jnp.zeros((*batch, width + block, n), omega.dtype)
-    right = _put_rows(right, orthonormalize(omega, noise[..., m : m + n]), 0)
+    right = _put_rows(right, jnp.broadcast_to(first, (*batch, block, n)), 0)
     left = jnp.zeros((*batch, width, m), omega.dtype)
     return Bidiagonal(left, jnp.zeros((*batch, width, width + block), omega.dtype), right)
 
@@ -79,11 +80,11 @@ def add_block(a, factors, i, block, noise, width):
     last = _take_rows(left, jnp.maximum(start - block, 0), block)
     direction = _take_rows(right, start, block)
     new, _, _ = orthonormalize_against(
-        left[..., :width, :], last, multiply(a, direction), fresh[..., :m]
+        left[..., :width, :], last, multiply(a, direction), fresh[:, :m]
     )
     product = multiply_transposed(a, new)
     following, near_part, part = orthonormalize_against(
-        right[..., : width + block, :], direction, product, fresh[..., m:]
+        right[..., : width + block, :], direction, product, fresh[:, m:]
     )
     padding = [(0, 0)] * (core.ndim - 1) + [(0, core.shape[-1] - width - block)]
     row = jnp.pad(part, padding)

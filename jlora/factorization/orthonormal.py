@@ -23,8 +23,9 @@ _MOST_PROJECTIONS = 8
 def orthonormalize(y, noise):
     """Return orthonormal rows whose span holds that of y, [..., l, m] with l ≤ m.
 
-    `noise` [..., l, m] is standard normal. A trace of it (4 eps of each row) makes dependent and
-    zero rows independent, so that rank-deficient input gets a full basis too.
+    `noise` [l, m] is standard normal, the same for all of a batch. A trace of it (4 eps of each
+    row) makes dependent and zero rows independent, so that rank-deficient input gets a full basis
+    too.
     """
     y = _normalize_rows(y / power_of_two_scale(y))
     return _robust_cholesky_qr(_normalize_rows(_perturb(y, noise)))
@@ -93,7 +94,8 @@ def _normalize_rows(y):
 
 
 def _perturb(y, noise):
-    return y + 4 * jnp.finfo(y.dtype).eps / y.shape[-1] ** 0.5 * noise
+    trace = 4 * jnp.finfo(y.dtype).eps / y.shape[-1] ** 0.5 * noise
+    return y + jnp.broadcast_to(trace, y.shape)
 
 
 def _robust_cholesky_qr(y):

@@ -1,21 +1,20 @@
-"""Random test matrices from a key."""
+"""Test matrices: random from a key, or fixed."""
 
 import jax
 import jax.numpy as jnp
 
 
-def gaussian_sketch(key, num_rows, num_columns, dtype, batch=()):
-    """Return a Gaussian test matrix [*batch, num_rows, num_columns]; `key` is consumed.
+def gaussian_sketch(key, num_rows, num_columns, dtype):
+    """Return a Gaussian test matrix [num_rows, num_columns]; `key` is consumed.
 
-    One is drawn: every matrix of a batch meets the same test matrix, so that its result does not
-    depend on what else is in the batch.
+    Every matrix of a batch meets the same one, so that its result does not depend on what else
+    is in the batch.
     """
-    omega = jax.random.normal(key, (num_rows, num_columns), dtype)
-    return jnp.broadcast_to(omega, (*batch, num_rows, num_columns))
+    return jax.random.normal(key, (num_rows, num_columns), dtype)
 
 
-def fixed_sketch(num_rows, num_columns, dtype, batch=()):
-    """Return a matrix [*batch, num_rows, num_columns] of no structure, the same each time.
+def fixed_sketch(num_rows, num_columns, dtype):
+    """Return a matrix [num_rows, num_columns] of no structure, the same each time.
 
     For functions that take no key and need a trace of something generic, nothing random.
     """
@@ -25,4 +24,4 @@ def fixed_sketch(num_rows, num_columns, dtype, batch=()):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     unit = (x ^ (x >> 16)).astype(dtype) / jnp.asarray(2.0**32, dtype)
     spread = (12**0.5 * (unit - 0.5)).astype(dtype)  # of variance one
-    return jnp.broadcast_to(spread.reshape(num_rows, num_columns), (*batch, num_rows, num_columns))
+    return spread.reshape(num_rows, num_columns)

@@ -5,6 +5,7 @@ Differs: the bases are orthonormalised by CholeskyQR rather than Householder QR.
 """
 
 import jax
+import jax.numpy as jnp
 
 from jlora._numerics import matmul
 from jlora.factorization.krylov import Bidiagonal, draw_noise
@@ -13,10 +14,10 @@ from jlora.factorization.products import multiply, multiply_transposed
 
 
 def subspace_factors(a, omega, num_iterations, *, key):
-    """Return a ≈ leftᵀ core right after 2 * num_iterations passes from omega [..., b, n]."""
-    m, n = a.shape[-2:]
+    """Return a ≈ leftᵀ core right after 2 * num_iterations passes, from omega [..., b, n] or [b, n]."""
+    batch, (m, n) = a.shape[:-2], a.shape[-2:]
     noise = draw_noise(key, a, omega, 0)
-    noise_m, noise_n = noise[..., :m], noise[..., m : m + n]
+    noise_m, noise_n = noise[:, :m], noise[:, m : m + n]
 
     def iterate(right):
         left = orthonormalize(multiply(a, right), noise_m)
@@ -26,6 +27,7 @@ def subspace_factors(a, omega, num_iterations, *, key):
     def step(_, carry):
         return iterate(carry[2])
 
-    first = iterate(orthonormalize(omega, noise_n))
+    start = orthonormalize(omega, noise_n)
+    first = iterate(jnp.broadcast_to(start, (*batch, *start.shape[-2:])))
     left, product, right = jax.lax.fori_loop(1, num_iterations, step, first)
     return Bidiagonal(left, matmul(product, right.mT), right)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _checks
-from jlora._numerics import compute_dtype, matmul, power_of_two_scale, to_compute
+from jlora._numerics import compute_dtype, is_finite, matmul, power_of_two_scale, to_compute
 from jlora.factorization.core import decompose_core
 from jlora.factorization.krylov import krylov_factors
 from jlora.factorization.products import multiply_transposed, solve_stored
@@ -16,6 +16,7 @@ from jlora.factors import SVD, check_svd
 
 # Where the bulk of a matrix this large is cut, wide blocks and few passes cost less.
 _LARGE = 3072
+_PASSES_OF_RATIO = ((5, 16), (8, 20), (12, 22))  # min(m, n) over the rank, at most; passes
 _SUBSPACE_PASSES = 10
 _WARM_PASSES = 2
 _WARM_OVERSAMPLING = 8
@@ -176,6 +177,10 @@ def plan_krylov(limit, rank):
     if rank <= 16:
         return (14 if rank <= 8 else 22), half
     if limit < _LARGE:
+        # A basis that holds a good part of the whole space needs fewer.
+        for ratio, num_passes in _PASSES_OF_RATIO:
+            if limit <= ratio * rank:
+                return num_passes, half
         return (22 if rank >= 128 else 24 if rank >= 48 else 26), half
     return (18, rank) if rank <= 64 else (28, half)
 
@@ -185,7 +190,7 @@ def decompose_fully(a, rank):
     """Return the full decomposition cut to `rank`."""
     a = to_compute(a)
     scale = power_of_two_scale(a)
-    finite = jnp.all(jnp.isfinite(a), axis=(-2, -1), keepdims=True)
+    finite = is_finite(a)
     # LAPACK may loop or fail on NaN; it gets zeros, and the answer is made NaN afterwards.
     u, s, vt = jnp.linalg.svd(jnp.where(finite, a / scale, 0), full_matrices=False)
     svd = SVD(u[..., :rank], s[..., :rank] * scale[..., 0], vt[..., :rank, :])
@@ -205,18 +210,23 @@ def iterate(a, key, start, rank, num_passes, block_size, method="krylov"):
     omega = _make_omega(a, sketch_key, start, block_size, is_odd=num_passes % 2 == 1)
     build = krylov_factors if method == "krylov" else subspace_factors
     left, core, right = build(a, omega, num_passes // 2, key=basis_key)
-    noise = gaussian_sketch(core_key, rank, core.shape[-1], core.dtype, core.shape[:-2])
+    noise = gaussian_sketch(core_key, rank, core.shape[-1], core.dtype)
     e, s, f = decompose_core(core, rank, noise)
     svd = SVD(matmul(e.mT, left).mT, s, matmul(f, right))
     # A number that is not finite in a reaches every coefficient; looking at a itself costs a pass.
-    return poison(svd, jnp.all(jnp.isfinite(core), axis=(-2, -1), keepdims=True))
+    return poison(svd, is_finite(core))
 
 
 def _make_omega(a, key, start, block_size, *, is_odd):
-    """Return the first right block [..., b, n]: the start's vectors, then random ones."""
+    """Return the first right block: the start's vectors, then random ones.
+
+    [b, n] where it is random alone, the same for all of a batch; else [..., b, n].
+    """
     batch, (m, n) = a.shape[:-2], a.shape[-2:]
     dtype = compute_dtype(a.dtype)
-    rows = gaussian_sketch(key, block_size, m if is_odd else n, dtype, batch)
+    rows = gaussian_sketch(key, block_size, m if is_odd else n, dtype)
+    if start is not None or is_odd:
+        rows = jnp.broadcast_to(rows, (*batch, *rows.shape))
     if start is not None:
         known = (start.u.mT if is_odd else start.vt)[..., :block_size, :].astype(dtype)
         rows = jnp.concatenate([known, rows[..., known.shape[-2] :, :]], axis=-2)

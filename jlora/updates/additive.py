@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _checks
-from jlora._numerics import matmul, power_of_two_scale, to_compute
+from jlora._numerics import is_finite, matmul, power_of_two_scale, to_compute
 from jlora.factorization.core import decompose_core
 from jlora.factorization.orthonormal import orthonormalize
 from jlora.factorization.sketch import fixed_sketch
@@ -158,15 +158,15 @@ def _add_low_rank(svd, x, y, rank):
     term = matmul(part_x.mT, part_y) * (scale_x / scale * scale_y)
     old = jnp.pad(s / scale[..., 0], [(0, 0)] * (s.ndim - 1) + [(0, x.shape[-1])])
     core = term + old[..., None] * jnp.eye(term.shape[-1], dtype=term.dtype)
-    noise = fixed_sketch(rank, core.shape[-1], core.dtype, core.shape[:-2])
+    noise = fixed_sketch(rank, core.shape[-1], core.dtype)
     e, s, f = decompose_core(core, rank, noise, is_reduced=False)
     svd = SVD(_settle(matmul(e.mT, left)).mT, s * scale[..., 0], _settle(matmul(f, right)))
-    return poison(fix_signs(svd), jnp.all(jnp.isfinite(core), axis=(-2, -1), keepdims=True))
+    return poison(fix_signs(svd), is_finite(core))
 
 
 def _extend_basis(basis, rows):
     """Return (basis and new rows after it, part), rows [..., b, m] = part @ the extended basis."""
-    noise = fixed_sketch(*rows.shape[-2:], rows.dtype, rows.shape[:-2])
+    noise = fixed_sketch(*rows.shape[-2:], rows.dtype)
     inside = matmul(rows, basis.mT)
     rest = rows - matmul(inside, basis)
     # Of rows inside the span the first projection leaves rounding, and rounding has a part in it.

@@ -1,7 +1,5 @@
 """Columns of a factorised matrix set, replaced or removed."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,7 +56,7 @@ def set_columns(factors, columns, values):
     expected = (*batch, v.shape[-2], len(indices))
     _checks.check_shape(values.shape, expected, "values", "rank rows, one column for each set")
     v = v.at[..., indices].set(values.astype(v.dtype))
-    return _decompose(u, v, v.shape[-2]) if is_svd else Factors(u, v)
+    return decompose_product(u, v, v.shape[-2]) if is_svd else Factors(u, v)
 
 
 def replace_columns(svd, columns, c, *, rank=None):
@@ -148,9 +146,4 @@ def remove_columns(svd, columns):
             f"`columns` must leave at least one of {n} columns, got all of them. Name fewer."
         )
     left = np.delete(np.arange(n), indices)
-    return _decompose(u, s[..., None] * vt[..., left], min(s.shape[-1], len(left)))
-
-
-@functools.partial(jax.jit, static_argnames="rank")
-def _decompose(u, v, rank):
-    return decompose_product(*to_compute(u, v), rank)
+    return decompose_product(u, s[..., None] * vt[..., left], min(s.shape[-1], len(left)))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _checks
-from jlora._numerics import matmul, power_of_two_scale, to_compute
+from jlora._numerics import is_finite, matmul, power_of_two_scale, to_compute
 from jlora.factorization.core import decompose_core
 from jlora.factorization.orthonormal import orthonormalize
 from jlora.factorization.products import ImplicitProduct
@@ -115,11 +115,11 @@ def recompress(factors, rank, *, key=None):
     u, v = _checks.check_factors(factors)
     rank = _checks.check_integer(rank, "rank", maximum=_find_limit(u, v))
     if key is None:
-        return _recompress(u, v, rank)
+        return decompose_product(u, v, rank)
     _checks.check_key(key)
     num_passes, block_size, width = plan_iteration((u.shape[-2], v.shape[-1]), rank)
     if width >= _find_limit(u, v):
-        return _recompress(u, v, rank)
+        return decompose_product(u, v, rank)
     return _recompress_randomly(refuse_derivative(u), refuse_derivative(v), key, rank,
                                 num_passes, block_size)  # fmt: skip
 
@@ -154,7 +154,7 @@ def balance(factors):
     """
     u, v = _checks.check_factors(factors)
     rank, kept = u.shape[-1], _find_limit(u, v)
-    return _pad_rank(split_svd(_recompress(u, v, kept)), rank)
+    return _pad_rank(split_svd(decompose_product(u, v, kept)), rank)
 
 
 def orthogonalize_product(factors):
@@ -195,7 +195,7 @@ def orthogonalize_product(factors):
     """
     u, v = _checks.check_factors(factors)
     rank, kept = u.shape[-1], _find_limit(u, v)
-    left, s, right = _recompress(u, v, kept)
+    left, s, right = decompose_product(u, v, kept)
     least = 10 * jnp.finfo(s.dtype).eps * kept**0.5 * s[..., :1]
     # NaN is not below anything, and stays.
     gone = (s <= least)[..., None]
@@ -215,11 +215,6 @@ def _pad_rank(factors, rank):
     )
 
 
-@functools.partial(jax.jit, static_argnames="rank")
-def _recompress(u, v, rank):
-    return decompose_product(*to_compute(u, v), rank)
-
-
 @functools.partial(jax.jit, static_argnames=("rank", "num_passes", "block_size"))
 def _recompress_randomly(u, v, key, rank, num_passes, block_size):
     u, v = to_compute(u, v)
@@ -229,20 +224,22 @@ def _recompress_randomly(u, v, key, rank, num_passes, block_size):
     return fix_signs(svd._replace(s=svd.s * scale_u[..., 0] * scale_v[..., 0]))
 
 
+@functools.partial(jax.jit, static_argnames="rank")
 def decompose_product(u, v, rank):
-    """Return the SVD of u @ v cut to `rank`, for u [..., m, k], v [..., k, n] of one dtype."""
+    """Return the SVD of u @ v cut to `rank`, for u [..., m, k], v [..., k, n]."""
+    u, v = to_compute(u, v)
     scale_u, scale_v = power_of_two_scale(u), power_of_two_scale(v)
     left, part_u = _find_basis(u.mT / scale_u)
     right, part_v = _find_basis(v / scale_v)
     core = matmul(part_u.mT, part_v)
-    noise = fixed_sketch(rank, core.shape[-1], core.dtype, core.shape[:-2])
+    noise = fixed_sketch(rank, core.shape[-1], core.dtype)
     e, s, f = decompose_core(core, rank, noise, is_reduced=False)
     svd = SVD(
         e if left is None else matmul(e.mT, left).mT,
         s * scale_u[..., 0] * scale_v[..., 0],
         f if right is None else matmul(f, right),
     )
-    return poison(fix_signs(svd), jnp.all(jnp.isfinite(core), axis=(-2, -1), keepdims=True))
+    return poison(fix_signs(svd), is_finite(core))
 
 
 def _find_basis(rows):
@@ -250,5 +247,5 @@ def _find_basis(rows):
     num_rows, size = rows.shape[-2:]
     if num_rows >= size:
         return None, rows
-    basis = orthonormalize(rows, fixed_sketch(num_rows, size, rows.dtype, rows.shape[:-2]))
+    basis = orthonormalize(rows, fixed_sketch(num_rows, size, rows.dtype))
     return basis, matmul(rows, basis.mT)
