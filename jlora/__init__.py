@@ -4,6 +4,11 @@ Take a weight apart into thin factors, A ≈ U V; learn a new domain by changing
 together again, A' = U V.
 """
 
+# Imported here first: each of JAX's jitted functions walks the stack when it is made, and under
+# the frames of our own modules its import takes a twentieth longer.
+import jax as _jax  # noqa: F401
+import optax as _optax  # noqa: F401
+
 from jlora.adaptation.lifting import on_merged
 from jlora.adaptation.plan import Plan, PlanEntry, Rule, make_plan
 from jlora.adaptation.tree import AdaptedWeight, adapt, join, linear, merge, split_trainable

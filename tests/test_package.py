@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import os
 import pathlib
 import re
 import resource
@@ -117,6 +118,8 @@ def measure_children_seconds():
 
 
 def run_python(code):
+    # As installed: with byte code, whatever this process was told about writing it.
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
     return subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment
     ).stdout

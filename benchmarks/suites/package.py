@@ -1,5 +1,6 @@
 """The package as a whole: what its import costs, and its demonstration."""
 
+import os
 import re
 import subprocess
 import sys
@@ -58,10 +59,14 @@ def _make_demo_group():
 
 
 def _prepare_command(*arguments):
+    # As installed: with byte code, whatever this process was told about writing it.
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+
     def run():
         done = subprocess.run(
-            [sys.executable, *arguments], capture_output=True, text=True, check=True
-        )
+            [sys.executable, *arguments], capture_output=True, text=True, check=True,
+            env=environment,
+        )  # fmt: skip
         return done.stdout
 
     return Prepared(run, lambda output: output)

@@ -31,7 +31,7 @@ class Bidiagonal(NamedTuple):
 
 
 def krylov_factors(a, omega, num_blocks, *, key):
-    """Return the `Bidiagonal` of a after 2 * num_blocks passes, from omega [..., b, n] or [b, n]."""
+    """Return the `Bidiagonal` after 2 * num_blocks passes, from omega [..., b, n] or [b, n]."""
     block = omega.shape[-2]
     noise = draw_noise(key, a, omega, num_blocks)
     factors = start_bidiagonal(a, omega, num_blocks, noise)

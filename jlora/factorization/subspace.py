@@ -14,7 +14,7 @@ from jlora.factorization.products import multiply, multiply_transposed
 
 
 def subspace_factors(a, omega, num_iterations, *, key):
-    """Return a ≈ leftᵀ core right after 2 * num_iterations passes, from omega [..., b, n] or [b, n]."""
+    """Return the `Bidiagonal` after 2 * num_iterations passes, omega [..., b, n] or [b, n]."""
     batch, (m, n) = a.shape[:-2], a.shape[-2:]
     noise = draw_noise(key, a, omega, 0)
     noise_m, noise_n = noise[:, :m], noise[:, m : m + n]
