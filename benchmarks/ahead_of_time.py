@@ -2,7 +2,7 @@
 
 It needs the plug-in of the accelerator, of the version of JAX: jax-cuda13-plugin and
 jax-cuda13-pjrt, with JLORA_CUDA_TARGET the path of a target description such as XLA publishes for
-an H200; or libtpu.
+an H200; or libtpu. Run with JAX_PLATFORMS=cpu: a process that looks for a TPU locks libtpu.
 """
 
 import json

@@ -22,6 +22,7 @@ from jlora.factorization.orthonormal import orthonormalize
 # up everything above eps of the largest. The second has f(1) = 1 and f' = f'' = 0 there.
 _GROWTH, _NUM_GROWTH_STEPS = (3.4445, -4.7750, 2.0315), 13
 _FINISH, _NUM_FINISH_STEPS = (1.875, -1.25, 0.375), 4
+_POLAR_STEPS = (_GROWTH,) * _NUM_GROWTH_STEPS + (_FINISH,) * _NUM_FINISH_STEPS
 
 # A core of fewer rows is decomposed whole in a millisecond.
 _LEAST_REDUCED = 128
@@ -81,8 +82,9 @@ def decompose_by_polar(core, rank, noise):
     core = core / scale
     norm = jnp.linalg.norm(core, axis=(-2, -1), keepdims=True)
     q = safe_divide(core, norm)
-    q = jax.lax.fori_loop(0, _NUM_GROWTH_STEPS, lambda _, q: _apply_quintic(q, _GROWTH), q)
-    q = jax.lax.fori_loop(0, _NUM_FINISH_STEPS, lambda _, q: _apply_quintic(q, _FINISH), q)
+    # One loop for both: each that a TPU program holds costs it ten seconds of compilation.
+    steps = jnp.asarray(_POLAR_STEPS, core.dtype)
+    q = jax.lax.fori_loop(0, len(_POLAR_STEPS), lambda i, q: _apply_quintic(q, steps[i]), q)
     h = matmul(core, q.mT)
     _, e = jnp.linalg.eigh((h + h.mT) / 2)
     e = e[..., ::-1][..., :rank]
