@@ -11,6 +11,8 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,19 +27,58 @@ _PLUGINS = {"cuda": ("jax_plugins", "jax_cuda13_plugin"), "tpu": ("libtpu",)}
 _CUDA_TARGET = "JLORA_CUDA_TARGET"
 
 
+class Program(NamedTuple):
+    """Something to compile."""
+
+    function: Callable
+    shapes: tuple  # (shape, dtype) of each argument
+    donate: tuple[int, ...] = ()
+
+
 def make_svd_program(dtype, layers=8, size=4096, rank=64):
-    """Return (function, shapes of its arguments) of a batch of decompositions."""
+    """Return the `Program` of a batch of decompositions."""
 
     def solve(a):
         return jlora.randomized_svd(a, rank, key=jax.random.key(0))
 
-    return solve, [((layers, size, size), dtype)]
+    return Program(solve, (((layers, size, size), dtype),))
+
+
+def make_merge_program(dtype, rank, size=4096, rounding="nearest"):
+    """Return the `Program` of a merge into a donated weight."""
+
+    def merge(w, u, v):
+        key = jax.random.key(0) if rounding == "stochastic" else None
+        return jlora.reconstruct(
+            jlora.Factors(u, v), w, scale=0.5, rounding=rounding, key=key, donate=True
+        )
+
+    shapes = ((size, size), dtype), ((size, rank), dtype), ((rank, size), dtype)
+    return Program(merge, shapes, (0,))
+
+
+def make_many_program(dtype, tokens, adapters=64, size=4096, rank=16):
+    """Return the `Program` of rows that go through adapters of their own."""
+
+    def apply(x, w, u, v, index):
+        return jlora.apply_many(x, jlora.Factors(u, v), index, w)
+
+    return Program(apply, (
+        ((tokens, size), dtype), ((size, size), dtype), ((adapters, size, rank), dtype),
+        ((adapters, rank, size), dtype), ((tokens,), "int32"),
+    ))  # fmt: skip
 
 
 PROGRAMS = {
     "randomized_svd float32": lambda: make_svd_program("float32"),
     "randomized_svd bfloat16": lambda: make_svd_program("bfloat16"),
-}
+    "reconstruct bfloat16, rank 16": lambda: make_merge_program("bfloat16", 16),
+    "reconstruct bfloat16, rank 64": lambda: make_merge_program("bfloat16", 64),
+    "reconstruct bfloat16, rank 16, stochastic": lambda: make_merge_program(
+        "bfloat16", 16, rounding="stochastic"),
+    "apply_many bfloat16, 16 tokens": lambda: make_many_program("bfloat16", 16),
+    "apply_many bfloat16, 4096 tokens": lambda: make_many_program("bfloat16", 4096),
+}  # fmt: skip
 
 
 def why_not(target):
@@ -49,9 +90,10 @@ def why_not(target):
 
 
 def compile_elsewhere(target, program, timeout=900):
-    """Return what a fresh process found: lower_ms, compile_ms, temporary_bytes, calls.
+    """Return what a fresh process found.
 
-    `calls` are the library routines that the compiled program calls, in order of the alphabet.
+    lower_ms, compile_ms, temporary_bytes, alias_bytes; calls, the library routines that the
+    compiled program calls, in order of the alphabet; num_kernels, what its outermost level runs.
     """
     environment = {
         **os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1",
@@ -70,21 +112,38 @@ def compile_here(target, program):
     """Return the same, compiled in this process."""
     platform = TARGETS[target]
     sharding = SingleDeviceSharding(_describe_topology(platform).devices[0])
-    function, shapes = PROGRAMS[program]()
+    function, shapes, donate = PROGRAMS[program]()
     arguments = [
         jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding) for shape, dtype in shapes
     ]
     start = time.perf_counter()
-    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,))
+    traced = jax.jit(function, donate_argnums=donate).trace(*arguments)
+    lowered = traced.lower(lowering_platforms=(platform,))
     lower_ms = 1e3 * (time.perf_counter() - start)
     start = time.perf_counter()
     compiled = lowered.compile()
+    compile_ms = 1e3 * (time.perf_counter() - start)
+    text, memory = compiled.as_text(), compiled.memory_analysis()
     return {
         "lower_ms": lower_ms,
-        "compile_ms": 1e3 * (time.perf_counter() - start),
-        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
-        "calls": sorted(set(re.findall('custom_call_target="([^"]+)"', compiled.as_text()))),
+        "compile_ms": compile_ms,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+        "calls": sorted(set(re.findall('custom_call_target="([^"]+)"', text))),
+        "num_kernels": _count_kernels(text),
     }
+
+
+def _count_kernels(text):
+    """Return how many instructions of the outermost computation do more than name a value."""
+    entry = re.search(r"^ENTRY .*?^}", text, re.MULTILINE | re.DOTALL)[0]
+    operations = re.findall(
+        r"^\s+(?:ROOT )?%?[\w.\-]+ = .*?[\]})] ([a-z][\w\-]*)\(", entry, re.MULTILINE
+    )
+    # A TPU also says when it fetches an operand ahead of the kernel that reads it.
+    names = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy-start",
+             "copy-done"}  # fmt: skip
+    return sum(operation not in names for operation in operations)
 
 
 def _describe_topology(platform):

@@ -14,25 +14,50 @@ from jlora.adaptation.plan import Plan, PlanEntry, Rule, make_plan
 from jlora.adaptation.tree import AdaptedWeight, adapt, join, linear, merge, split_trainable
 from jlora.checkpoints.arrays import load_arrays, save_arrays
 from jlora.factorization.adaptive import AdaptiveSVD, adaptive_svd
+from jlora.factorization.budget import allocate_ranks
+from jlora.factorization.cross_validation import cross_validate_rank
 from jlora.factorization.error import estimate_error, estimate_sketch_error
 from jlora.factorization.gradient import low_rank_approximation
+from jlora.factorization.rank import RankChoice, choose_rank
 from jlora.factorization.svd import randomized_svd, truncated_svd
-from jlora.factors import SVD, Factors, split_svd
+from jlora.factors import SVD, Factors, fix_signs, split_svd
 from jlora.reconstruction.apply import apply_factors
-from jlora.reconstruction.dense import reconstruct
+from jlora.reconstruction.choice import which_implementation
+from jlora.reconstruction.dense import reconstruct, unmerge
+from jlora.reconstruction.many import apply_many, stack_factors
+from jlora.reconstruction.rounding import CompensatedWeight
 from jlora.training.evaluate import TrainingCost, evaluate_loss, measure_cost
 from jlora.training.loop import FitResult, TrainState, fit, init_train, train_step
-from jlora.updates.columns import set_columns
-from jlora.updates.recompression import balance, recompress
+from jlora.updates.additive import add_low_rank, append_columns, append_rows
+from jlora.updates.columns import remove_columns, replace_columns, set_columns
+from jlora.updates.gradient_steps import project_away, scale_gradient, transport_moments
+from jlora.updates.manifold import (
+    IntegratedSVD,
+    Tangent,
+    integrate_low_rank,
+    project_tangent,
+    retract,
+)
+from jlora.updates.recompression import (
+    balance,
+    concatenate_factors,
+    orthogonalize_product,
+    recompress,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022 (in the order of the rooms)
-    "SVD", "Factors", "split_svd",
+    "SVD", "Factors", "split_svd", "fix_signs",
     "randomized_svd", "truncated_svd", "adaptive_svd", "AdaptiveSVD", "low_rank_approximation",
     "estimate_error", "estimate_sketch_error",
-    "set_columns", "recompress", "balance",
-    "reconstruct", "apply_factors",
+    "choose_rank", "RankChoice", "allocate_ranks", "cross_validate_rank",
+    "add_low_rank", "append_columns", "append_rows", "replace_columns", "remove_columns",
+    "set_columns", "concatenate_factors", "recompress", "balance", "orthogonalize_product",
+    "scale_gradient", "project_away", "transport_moments",
+    "project_tangent", "Tangent", "retract", "integrate_low_rank", "IntegratedSVD",
+    "reconstruct", "unmerge", "CompensatedWeight", "apply_factors", "apply_many", "stack_factors",
+    "which_implementation",
     "Rule", "Plan", "PlanEntry", "make_plan",
     "AdaptedWeight", "adapt", "split_trainable", "join", "merge", "linear", "on_merged",
     "fit", "FitResult", "TrainState", "init_train", "train_step",

@@ -25,6 +25,11 @@ def check_matrix(a, name="a", *, min_ndim=2):
 
 def check_array(a, name):
     """Return `a` as a JAX array with a real floating dtype."""
+    return jnp.asarray(check_floating(a, name))
+
+
+def check_floating(a, name):
+    """Return `a` as it is, a NumPy or JAX array with a real floating dtype."""
     if not (hasattr(a, "shape") and hasattr(a, "dtype")):
         raise TypeError(
             f"`{name}` must be a NumPy or JAX array, got {type(a).__name__}. "
@@ -35,7 +40,7 @@ def check_array(a, name):
             f"`{name}` must have a real floating dtype, got {a.dtype}. "
             "Cast it, for example with .astype(jnp.float32)."
         )
-    return jnp.asarray(a)
+    return a
 
 
 def check_finite(a, name):
@@ -103,6 +108,21 @@ def check_factors(factors, name="factors"):
             f"got {u.shape} and {v.shape}. Check the orientation of both."
         )
     return u, v
+
+
+def check_pairs(factors):
+    """Return [(u, v)] of a sequence of factors of products of one size."""
+    pairs = [check_factors(pair, f"factors[{i}]") for i, pair in enumerate(factors)]
+    if not pairs:
+        raise ValueError("`factors` must hold at least one pair, got none. Pass Factors(u, v).")
+    (u, v), *others = pairs
+    for i, (other_u, other_v) in enumerate(others, start=1):
+        rank = other_u.shape[-1]
+        expected = (*u.shape[:-1], rank)
+        check_shape(other_u.shape, expected, f"factors[{i}].u", "the rows of factors[0]")
+        expected = (*v.shape[:-2], rank, v.shape[-1])
+        check_shape(other_v.shape, expected, f"factors[{i}].v", "the columns of factors[0]")
+    return pairs
 
 
 def check_shape(shape, expected, name, meaning):

@@ -62,6 +62,11 @@ def power_of_two_scale(a):
     return jnp.ldexp(jnp.ones_like(largest), exponent)
 
 
+def eye_like(a):
+    """Return the identity of the size and batch axes of square matrices."""
+    return jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
+
+
 def is_finite(a):
     """Return whether all of each matrix is finite, [..., 1, 1]."""
     return jnp.all(jnp.isfinite(a), axis=(-2, -1), keepdims=True)

@@ -80,6 +80,47 @@ def test_gradients_equal_those_of_the_dense_weight():
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
+def count_backward_flops(measure, trained):
+    """Return the flops of a gradient, and of the same function without one."""
+    gradient = jax.jit(jax.value_and_grad(measure)).lower(trained).compile()
+    return gradient.cost_analysis()["flops"], (
+        jax.jit(measure).lower(trained).compile().cost_analysis()["flops"]
+    )
+
+
+def test_a_trained_slice_of_v_costs_its_columns_backward():
+    factors, x = make_factors(64, 512, 8), make_base((128, 64), jnp.float32)
+    u, v = factors
+    weights = make_base((128, 512), jnp.float32)
+
+    def measure(tail, columns):
+        whole = jnp.concatenate([v[:, : -tail.shape[-1]], tail], axis=-1)
+        y = jlora.apply_factors(x, jlora.Factors(u, whole), columns=columns)
+        return jnp.vdot(y, weights)
+
+    tail = v[:, -16:]
+    gradient = jax.grad(measure)(tail, 16)
+    np.testing.assert_allclose(gradient, jax.grad(measure)(tail, None), rtol=1e-4, atol=1e-3)
+    flops, forward = count_backward_flops(lambda tail: measure(tail, 16), tail)
+    assert flops - forward < 2.5 * 2 * 128 * 8 * 16
+    assert not np.any(jax.grad(lambda v: jnp.vdot(jlora.apply_factors(
+        x, jlora.Factors(u, v), columns=16), weights))(v)[:, :-16])  # fmt: skip
+    with pytest.raises(ValueError, match="`columns` must be at most 512, got 513"):
+        jlora.apply_factors(x, factors, columns=513)
+
+
+def test_no_gradient_is_computed_that_nobody_asks_for():
+    factors, x = make_factors(64, 32, 8), make_base((128, 64), jnp.float32)
+    base = make_base((64, 32), jnp.float32)
+
+    def measure(v):
+        return jnp.sum(jlora.apply_factors(x, factors._replace(v=v), base) ** 2)
+
+    flops, forward = count_backward_flops(measure, factors.v)
+    # That of v: one product with the thin activations, and elementwise work.
+    assert flops - forward < 1.5 * 2 * 128 * 8 * 32
+
+
 def test_jit_and_vmap_equal_the_loop():
     factors, base = make_factors(6, 5, 3, batch=(3,)), make_base((6, 5), jnp.float32, (3,))
     x = make_base((4, 6), jnp.float32, (3,))

@@ -11,6 +11,7 @@ import jlora
 from benchmarks.cases import Case
 from benchmarks.harness import Contender, Group
 from benchmarks.preparation import prepare_jax, prepare_torch
+from benchmarks.suites import merging
 
 SUITE = "reconstruction"
 SCALE = 0.5  # a delta of 5 % of the base: runs that feed their result back stay finite
@@ -32,6 +33,11 @@ def list_groups(level_name, platform):
     ]  # fmt: skip
     groups.append(make_columns_group(Case(*weight, 16, "factors")))
     groups += [make_apply_group(layer), make_backward_group(layer)]
+    few = layer._replace(tokens=layer.tokens // 8)
+    groups += [merging.make_many_group(SUITE, case) for case in (layer, few)]
+    groups.append(merging.make_rounding_group(SUITE))
+    if level_name == "full":
+        groups += merging.list_compile_groups(SUITE)
     if level_name == "full" and platform == "gpu":
         decode, prefill = (
             Case(*weight, 16, "factors", "bfloat16", tokens=tokens) for tokens in (16, 4096)
@@ -45,7 +51,7 @@ def make_reconstruct_group(case, *, donated):
     """Return the group of w + scale * u @ v, in the memory of w or in fresh memory."""
 
     def run_ours(w, u, v):
-        return jlora.reconstruct(jlora.Factors(u, v), w, scale=SCALE)
+        return jlora.reconstruct(jlora.Factors(u, v), w, scale=SCALE, donate=donated)
 
     def run_plain(w, u, v):
         return w + SCALE * (u @ v)
@@ -83,7 +89,7 @@ def make_columns_group(case):
         return w, u, v
 
     def run_ours(columns, w, u, v):
-        return jlora.reconstruct(jlora.Factors(u, v), w, scale=SCALE, columns=columns)
+        return jlora.reconstruct(jlora.Factors(u, v), w, scale=SCALE, columns=columns, donate=True)
 
     def run_torch(w, u, v):
         w[:, -_NUM_COLUMNS:].addmm_(u, v[:, -_NUM_COLUMNS:], alpha=SCALE)

@@ -218,7 +218,7 @@ def linear(x, w):
     """
     if not is_adapted(w):
         return jnp.matmul(x, w)
-    y = apply_factors(x, w.factors, w.base, scale=w.scale)
+    y = apply_factors(x, w.factors, w.base, scale=w.scale, columns=w.columns)
     return y.astype(common_dtype(x.dtype, w.dtype))
 
 

@@ -13,7 +13,7 @@ Differs: the shift is eps √m / 2 * trace(G); the published one is too large to
 import jax
 import jax.numpy as jnp
 
-from jlora._numerics import matmul, power_of_two_scale, safe_divide
+from jlora._numerics import eye_like, matmul, power_of_two_scale, safe_divide
 
 # Singular values at the rounding level grow about 60 times a shifted step: four reach one, and
 # what the projections between them take away needs a few more.
@@ -59,13 +59,13 @@ def orthonormalize_against(basis, near, y, noise):
 
     def is_far(state):
         i, _, gram, *_ = state
-        distance = jnp.linalg.norm(gram - _eye_like(gram), axis=(-2, -1))
+        distance = jnp.linalg.norm(gram - eye_like(gram), axis=(-2, -1))
         return (i == 0) | (i < _MOST_PROJECTIONS) & jnp.any(distance > 0.5)
 
     rest = _perturb(rest, noise)
     gram = matmul(rest, rest.mT)
     nothing = jnp.zeros((*y.shape[:-1], basis.shape[-2]), y.dtype)
-    start = 0, rest, gram, nothing, scale * size * _eye_like(gram)
+    start = 0, rest, gram, nothing, scale * size * eye_like(gram)
     _, rest, gram, part, _ = jax.lax.while_loop(is_far, project, start)
     _, inverse = _factor(gram, shift=0.0)
     return matmul(inverse, rest), near_part, part
@@ -122,10 +122,6 @@ def _cholesky_qr(y, shift):
 def _factor(gram, shift):
     """Return (L, inverse of L) of gram + shift * trace * I = L Lᵀ."""
     trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
-    eye = _eye_like(gram)
+    eye = eye_like(gram)
     lower = jax.lax.linalg.cholesky(gram + shift * trace * eye, symmetrize_input=False)
     return lower, jax.lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
-
-
-def _eye_like(gram):
-    return jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)

@@ -46,7 +46,7 @@ def concatenate_factors(factors, weights=None):
         >>> both.u.shape, jlora.reconstruct(both)[0].tolist()
         ((3, 2), [1.5, 1.5])
     """
-    pairs = _check_pairs(factors)
+    pairs = _checks.check_pairs(factors)
     weights = [1.0] * len(pairs) if weights is None else list(weights)
     if len(weights) != len(pairs):
         raise ValueError(
@@ -57,20 +57,6 @@ def concatenate_factors(factors, weights=None):
     us = [u * jnp.asarray(weight, u.dtype)
           for weight, u in zip(weights, parts[::2], strict=True)]  # fmt: skip
     return Factors(jnp.concatenate(us, axis=-1), jnp.concatenate(parts[1::2], axis=-2))
-
-
-def _check_pairs(factors):
-    pairs = [_checks.check_factors(pair, f"factors[{i}]") for i, pair in enumerate(factors)]
-    if not pairs:
-        raise ValueError("`factors` must hold at least one pair, got none. Pass Factors(u, v).")
-    (u, v), *others = pairs
-    for i, (other_u, other_v) in enumerate(others, start=1):
-        rank = other_u.shape[-1]
-        expected = (*u.shape[:-1], rank)
-        _checks.check_shape(other_u.shape, expected, f"factors[{i}].u", "the rows of factors[0]")
-        expected = (*v.shape[:-2], rank, v.shape[-1])
-        _checks.check_shape(other_v.shape, expected, f"factors[{i}].v", "the columns of factors[0]")
-    return pairs
 
 
 def recompress(factors, rank, *, key=None):
