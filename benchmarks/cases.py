@@ -67,6 +67,17 @@ class NamedCase(NamedTuple):
         return {**self.fields._asdict(), "name": self.name, "m": m, "n": n}
 
 
+class WholeCase(NamedTuple):
+    """Something that has no matrix, with the interface of a Case."""
+
+    name: str
+    dtype: str = "float32"
+
+    def describe(self):
+        """Return the fields of a record's case."""
+        return {**Case("none", "none", 0, "none")._asdict(), "name": self.name, "m": 0, "n": 0}
+
+
 def make_weights(case):
     """Return the matrix or the stack of matrices of a case, a NumPy array of its dtype."""
     if case.spectrum == "pretrained":

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import jlora
+from benchmarks.matrices import make_spiked
 from jlora.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -143,3 +144,53 @@ def test_the_installed_command(folder):
     assert "Traceback" not in done.stderr
     usage = subprocess.run([command, "adapt"], capture_output=True, text=True, check=False)
     assert usage.returncode == 2
+
+
+def test_ranks_prints_what_each_rule_says(folder, capsys):
+    rng = np.random.default_rng(1)
+    jlora.save_arrays("big.npz", {
+        "spiked": make_spiked(rng, 300, 200).astype(np.float32), "bias": np.ones(3, np.float32),
+        "stack": np.stack([np.diag([3.0, 2.0, 0.0]), np.diag([1.0, 0.0, 0.0])]),
+    })  # fmt: skip
+    assert run("ranks big.npz --budget 700 --multiple-of 1 --plot ranks.png") == 0
+    printed = capsys.readouterr().out
+    assert "spiked: 300x200, all 200 values, norm" in printed
+    assert "gavish_donoho 12, marchenko_pastur 12" in printed
+    assert "stack[1]: 3x3, all 3 values, norm 1, largest 1, median 0" in printed
+    assert "energy 2, tail 2, gap 2" in printed.split("stack[0]")[1]
+    assert re.search(r"budget: \d+ of 700 parameters, energy kept 0\.\d+\n  spiked: 1\n", printed)
+    assert (folder / "ranks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ranks_of_a_large_matrix_come_from_its_leading_values(folder, capsys, monkeypatch):
+    monkeypatch.setattr("jlora.cli.ranks._WHOLE", 100)
+    a = make_spiked(np.random.default_rng(1), 300, 400).astype(np.float32)
+    jlora.save_arrays("a.npy", a)
+    assert run("ranks a.npy --max-rank 40") == 0
+    leading = capsys.readouterr().out
+    assert "a: 300x400, leading 40 of 300 values" in leading
+    assert "energy 40 or more" in leading
+    assert "gavish_donoho 12, marchenko_pastur 12" in leading
+    assert "effective -" in leading
+    assert run("ranks a.npy --max-rank 40 --exact") == 0
+    assert "all 300 values" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ("ranks missing.npy", "missing.npy: must be a file"),
+        ("ranks w.npy --targets (", "`--targets` must be a regular expression, got '('"),
+        ("ranks w.npy --targets zzz", "w.npy: `rules` must each match a matrix"),
+        ("ranks w.npy --energy 0", "`--energy` must lie in (0, 1], got 0.0"),
+        ("ranks w.npy --tolerance 1", "`--tolerance` must lie in [0, 1), got 1.0"),
+        ("ranks w.npy --max-rank 0", "`--max-rank` must be at least 1"),
+        ("ranks w.npy --budget 0", "`--budget` must be at least 1"),
+        ("ranks w.npy --plot x.pdf", "`--plot` must end in .png, got x.pdf"),
+        ("ranks nan.npy", "`nan` must be finite, got 1 NaN or Inf among 4"),
+    ],
+)
+def test_ranks_refuses(folder, capsys, command, text):
+    jlora.save_arrays("nan.npy", np.array([[1.0, np.nan], [1.0, 2.0]]))
+    assert run(command) == 2
+    assert text in capsys.readouterr().err

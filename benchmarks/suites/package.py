@@ -4,23 +4,12 @@ import os
 import re
 import subprocess
 import sys
-from typing import NamedTuple
 
-from benchmarks.cases import Case
+from benchmarks.cases import WholeCase
 from benchmarks.harness import Contender, Group, Prepared
 
 SUITE = "package"
 _DEMO = "import sys; from jlora.cli.main import main; sys.exit(main(['demo']))"
-
-
-class WholeCase(NamedTuple):
-    """Something that has no matrix, with the interface of a Case."""
-
-    name: str
-    dtype: str = "float32"
-
-    def describe(self):
-        return {**Case("none", "none", 0, "none")._asdict(), "name": self.name, "m": 0, "n": 0}
 
 
 def list_groups(level_name, platform):

@@ -4,18 +4,19 @@ import functools
 import zlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jlora
 from benchmarks.cases import Case, make_weights
 from benchmarks.harness import Contender, Group
 from benchmarks.preparation import prepare_jax, prepare_torch
+from benchmarks.suites import rank_budget
 from benchmarks.svd_errors import measure_orthogonality, measure_svd_errors
 from benchmarks.svd_peers import cut_svd, list_svd_peers
 
 SUITE = "updates"
 _WEIGHTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of the adapters combined
+_TERM_RANK = 8  # of what is added to an SVD
 _SHAPES = {  # level: a square layer and a wide one
     "quick": (("gpt-2-medium", "output"), ("gpt-2-medium", "output")),
     "full": (("llama-2-7b", "attention"), ("llama-2-7b", "mlp up")),
@@ -27,6 +28,8 @@ def list_groups(level_name, platform):
     square, wide = _SHAPES[level_name]
     rank = 16 if level_name == "quick" else 32
     return [
+        make_add_group(Case(*square, 64, "factors")),
+        rank_budget.make_allocate_group(SUITE),
         make_recompress_group(Case(*square, rank, "factors"), 4 * rank),
         make_combine_group(Case(*wide, 16, "factors")),
         make_extract_group(Case(*square, 32, "low rank plus noise"), platform),
@@ -57,9 +60,8 @@ def make_combine_group(case):
     count = len(_WEIGHTS)
 
     def run(*factors):
-        us = [weight * u for weight, u in zip(_WEIGHTS, factors[:count], strict=True)]
-        u, v = jnp.concatenate(us, axis=1), jnp.concatenate(factors[count:], axis=0)
-        return jlora.recompress(jlora.Factors(u, v), case.rank)
+        pairs = map(jlora.Factors, factors[:count], factors[count:])
+        return jlora.recompress(jlora.concatenate_factors(pairs, _WEIGHTS), case.rank)
 
     def concatenate_torch(*factors):
         import torch
@@ -78,12 +80,62 @@ def make_combine_group(case):
 
     ours = Contender(
         "jlora concatenate, recompress", functools.partial(prepare_jax, run), "jlora",
-        f"{count} weighted adapters, jnp.concatenate along the rank, one recompress",
+        f"{count} weighted adapters, concatenate_factors, one recompress",
     )  # fmt: skip
     return Group(
         SUITE, "combine adapters", case, make_inputs,
         (ours, *_list_torch_roads(case.rank, concatenate_torch)), measure_errors,
         **_count_least_work(case.shape, count * case.rank, case.rank),
+    )  # fmt: skip
+
+
+def make_add_group(case):
+    """Return the group that adds a term of rank 8 to an SVD of the case's rank, all kept."""
+    rank = case.rank + _TERM_RANK
+
+    def make_inputs():
+        u, v = make_factors(case, case.rank)
+        left, s, right = np.linalg.svd(_make_core(u, v))
+        u, v = np.linalg.qr(u)[0] @ left, right @ np.linalg.qr(v.T)[0].T
+        x, y = make_factors(case, _TERM_RANK, seed=1)
+        return tuple(part.astype(np.float32) for part in (u, s, v, x, y))
+
+    def add(u, s, vt, x, y):
+        return jlora.add_low_rank(jlora.SVD(u, s, vt), x, y)
+
+    def prepare_fresh(u, s, vt, x, y):
+        key = jax.random.key(0)
+        return prepare_jax(lambda a: jlora.randomized_svd(a, rank, key=key), (u * s) @ vt + x @ y)
+
+    def join_torch(u, s, vt, x, y):
+        import torch
+
+        return torch.cat([u * s, x], 1), torch.cat([vt, y], 0)
+
+    def run_torch(*inputs):
+        return cut_svd(rank, *_decompose_torch(*join_torch(*inputs)))
+
+    def measure_errors(inputs, found):
+        u, s, vt, x, y = (part.astype(np.float64) for part in inputs)
+        left, values, right = (np.asarray(part, np.float64) for part in found)
+        total = np.concatenate([u * s, x], 1), np.concatenate([vt, y], 0)
+        distance = _measure_distance(total, (left * values, right))
+        return {
+            "relative error": distance / np.linalg.norm(_make_core(*total)),
+            "orthogonality": measure_orthogonality(left, right),
+        }
+
+    contenders = (
+        Contender("jlora add_low_rank", functools.partial(prepare_jax, add), "jlora",
+                  f"a term of rank {_TERM_RANK}"),
+        Contender("jlora randomized_svd", prepare_fresh, "jlora",
+                  f"of the sum, formed beforehand, rank {rank}, all defaults"),
+        Contender("torch QR of both sides", functools.partial(prepare_torch, run_torch),
+                  setting="factors joined, QR of both, SVD of the core", requires=("torch",)),
+    )  # fmt: skip
+    return Group(
+        SUITE, "add low rank", case, make_inputs, contenders, measure_errors,
+        **_count_least_work(case.shape, _TERM_RANK, rank),
     )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +10,10 @@ import optax
 
 from jlora import _checks
 from jlora._numerics import frobenius_norm, to_compute
-from jlora.adaptation.plan import Rule, make_plan
+from jlora.adaptation.plan import Rule
 from jlora.adaptation.tree import AdaptedWeight, fold_path, linear, merge
 from jlora.checkpoints.arrays import check_count, check_suffix, load_arrays, save_arrays
+from jlora.cli.targets import add_targets, check_targets, plan_targets
 from jlora.factorization.svd import randomized_svd
 from jlora.factors import Factors, split_svd
 from jlora.reconstruction.dense import reconstruct
@@ -36,12 +36,7 @@ def add_parser(commands):
     add("weights", metavar="WEIGHTS", help=".npy, .npz or .safetensors file")
     add("-o", "--output", metavar="OUT", required=True, help="file to write, any of the formats")
     add("--rank", type=int, required=True, help="columns of U")
-    add(
-        "--targets",
-        default=".*",
-        metavar="REGEX",
-        help=f"adapt matrices whose name matches {default}",
-    )
+    add_targets(parser, "adapt")
     add("--columns", type=int, metavar="K", help="set the last K columns of V, from --domain")
     add("--domain", metavar="FILE", help="array [rank, K] for the last K columns of V")
     add("--data", metavar="PAIRS.npz", help="x [N, m] and y [N, n]: train V so that x A' meets y")
@@ -74,7 +69,8 @@ def run(arguments):
 
 
 def _adapt_file(arguments, arrays):
-    plan = _make_plan(arguments, arrays)
+    rule = Rule(arguments.targets, arguments.rank, columns=arguments.columns)
+    plan = plan_targets(arguments, arrays, rule)
     change = _choose_change(arguments, plan)
     _check_outputs(arguments, arrays)
     changed, factors = {}, {}
@@ -206,21 +202,7 @@ def _check_arguments(arguments):
         )
     for path in filter(None, (arguments.output, arguments.factors)):
         check_suffix(path)
-    try:
-        re.compile(arguments.targets)
-    except re.error as error:
-        raise ValueError(
-            f"`--targets` must be a regular expression, got {arguments.targets!r} ({error}). "
-            "Escape it."
-        ) from None
-
-
-def _make_plan(arguments, arrays):
-    rule = Rule(arguments.targets, arguments.rank, columns=arguments.columns)
-    try:
-        return make_plan(arrays, rule)
-    except ValueError as error:
-        raise ValueError(f"{arguments.weights}: {error}") from None
+    check_targets(arguments)
 
 
 def _check_outputs(arguments, arrays):

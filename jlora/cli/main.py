@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from jlora.cli import adapt, demo
+from jlora.cli import adapt, demo, ranks
 
 # What a user can cause. Anything else is a defect of jlora and shows its traceback.
 _USER_ERRORS = (OSError, ValueError, TypeError, MemoryError)
@@ -34,7 +34,7 @@ def _build_parser():
         prog="jlora", description="Low-rank adaptation of large models in JAX."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (demo, adapt):
+    for command in (demo, adapt, ranks):
         subparser = command.add_parser(commands)
         subparser.add_argument("--debug", action="store_true", help="show tracebacks")
         subparser.set_defaults(run=command.run)

@@ -74,7 +74,7 @@ def _read_layer(name, spectra, shapes, minimum, maximum, weights, step):
         return values[name] if isinstance(values, (dict, list, tuple)) else values
 
     shape = None if shapes is None else shapes[name]
-    values, shape, *_ = read_spectrum(spectra[name], shape, None)
+    values, shape, *_ = read_spectrum(spectra[name], shape, None, f"spectra[{name!r}]")
     m, n = (len(values),) * 2 if shape is None else shape
     least = _checks.check_integer(pick(minimum, 0), f"minimum of {name!r}", minimum=0)
     most = pick(maximum, None)
@@ -83,7 +83,7 @@ def _read_layer(name, spectra, shapes, minimum, maximum, weights, step):
     )  # fmt: skip
     if most < least:
         raise ValueError(
-            f"`maximum` of {name!r} must be at least its minimum {least}, got {most}. "
+            f"`maximum` of {name!r} must be at least its minimum, {least}, got {most}. "
             "Change one of them."
         )
     weight = float(pick(weights, 1.0))

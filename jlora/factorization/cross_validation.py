@@ -10,6 +10,7 @@ from jlora import _checks
 from jlora._numerics import matmul, power_of_two_scale, safe_divide, to_compute
 from jlora.factorization.rank import RankChoice
 from jlora.factorization.spectrum import refuse_tracer
+from jlora.factorization.svd import randomized_svd
 
 
 def cross_validate_rank(a, *, max_rank, key, num_folds=4):
@@ -37,7 +38,8 @@ def cross_validate_rank(a, *, max_rank, key, num_folds=4):
         TypeError: arguments of the wrong kind, or a traced matrix.
         ValueError: sizes out of range, or a matrix that is not finite.
 
-    Cost: num_folds² decompositions of (1 - 1/num_folds) of the rows and columns, batched.
+    Cost: num_folds² times `randomized_svd` of (1 - 1/num_folds) of the rows and columns, in
+        batches of num_folds; memory for as many copies of the matrix.
 
     Accuracy: for signal above noise. A spectrum without noise has its least error at its rank,
         by rounding alone.
@@ -74,31 +76,31 @@ def _cross_validate(a, key, max_rank, num_folds):
     """Return the summed squared error of rank 0, 1, ..., max_rank."""
     a = to_compute(a)
     a = a / power_of_two_scale(a)
-    row_key, column_key = jax.random.split(key)
+    row_key, column_key, svd_key = jax.random.split(key, 3)
     a = jax.random.permutation(row_key, a, axis=0)
     a = jax.random.permutation(column_key, a, axis=1)
     m, n = a.shape
     rows, columns = m // num_folds, n // num_folds
 
-    def measure_fold(i, j):
+    def measure_fold(fold):
         # The held-out block is turned into the corner: all folds have one shape.
+        i, j = fold // num_folds, fold % num_folds
         turned = jnp.roll(a, (-i * rows, -j * columns), axis=(0, 1))
-        return _measure_corner(turned, rows, columns, max_rank)
+        return _measure_corner(turned, rows, columns, max_rank, svd_key)
 
-    folds = jnp.arange(num_folds)
-    each = jax.vmap(jax.vmap(measure_fold, (None, 0)), (0, None))(folds, folds)
-    return jnp.sum(each, axis=(0, 1))
+    # Batches under vmap, one after the other: each fold holds a copy of the matrix.
+    each = jax.lax.map(measure_fold, jnp.arange(num_folds**2), batch_size=num_folds)
+    return jnp.sum(each, axis=0)
 
 
-def _measure_corner(a, rows, columns, max_rank):
+def _measure_corner(a, rows, columns, max_rank, key):
     """Return the squared errors of predicting a[:rows, :columns] from the other three blocks."""
     corner, right = a[:rows, :columns], a[:rows, columns:]
     below, rest = a[rows:, :columns], a[rows:, columns:]
-    u, s, vt = jnp.linalg.svd(rest, full_matrices=False)
-    u, s, vt = u[:, :max_rank], s[:max_rank], vt[:max_rank]
+    u, s, vt = randomized_svd(rest, max_rank, key=key)
     least = jnp.finfo(s.dtype).eps * max(rest.shape) * s[0]
     inverse = safe_divide(jnp.ones_like(s), jnp.where(s > least, s, 0))
-    left, right = matmul(right, vt.T) * inverse, matmul(u.T, below)
+    left, right = matmul(right, vt.T) * inverse[None], matmul(u.T, below)
 
     def add_rank(error, k):
         error = error - left[:, k, None] * right[None, k]

@@ -18,32 +18,29 @@ class Spectrum(NamedTuple):
     is_complete: bool  # whether `values` are all, or `norm` tells the rest
 
 
-def read_spectrum(a, shape, norm):
+def read_spectrum(a, shape, norm, name="a"):
     """Return the `Spectrum` of a matrix, of its singular values, or of an `SVD`, checked."""
     if isinstance(a, tuple):
-        u, s, vt = check_svd(a)
-        refuse_tracer(s)
-        if s.ndim != 1:
-            raise ValueError(
-                f"`a` must be the SVD of one matrix, got s of shape {s.shape}. "
-                "Choose the rank of each matrix of a batch by itself."
-            )
+        u, values, vt = check_svd(a, name)
         shape = (u.shape[-2], vt.shape[-1]) if shape is None else shape
-        values = np.asarray(s, np.float64)
+        kind, is_one = "the SVD of one matrix", values.ndim == 1
     else:
-        a = _checks.check_array(a, "a")
-        refuse_tracer(a)
-        if a.ndim not in (1, 2) or a.size == 0:
-            raise ValueError(
-                f"`a` must be one matrix [m, n] or its singular values [k], got shape {a.shape}. "
-                "Choose the rank of each matrix of a batch by itself."
-            )
-        values = np.asarray(a, np.float64)
-        if values.ndim == 2:
-            shape = values.shape if shape is None else shape
-            _check_finite(values)
-            values = np.linalg.svd(values, compute_uv=False)
-    _check_values(values)
+        # Not as a JAX array, which would halve a float64 one.
+        values = _checks.check_floating(a, name)
+        kind = "one matrix [m, n] or its singular values [k]"
+        is_one = values.ndim in (1, 2) and values.size > 0
+    refuse_tracer(values, name)
+    if not is_one:
+        raise ValueError(
+            f"`{name}` must be {kind}, got shape {values.shape}. "
+            "Choose the rank of each matrix of a batch by itself."
+        )
+    values = np.asarray(values, np.float64)
+    _check_finite(values, name)
+    if values.ndim == 2:
+        shape = values.shape if shape is None else shape
+        values = np.linalg.svd(values, compute_uv=False)
+    _check_order(values, name)
     return _complete_spectrum(values, shape, norm)
 
 
@@ -68,25 +65,25 @@ def _complete_spectrum(values, shape, norm):
     return Spectrum(values, shape, max(norm, own), True)
 
 
-def refuse_tracer(array):
+def refuse_tracer(array, name="a"):
     """Refuse a traced array where a rank is to be chosen."""
     if isinstance(array, jax.core.Tracer):
         raise TypeError(
-            "`a` must be a concrete array, got a traced one: a rank decides shapes. "
+            f"`{name}` must be a concrete array, got a traced one: a rank decides shapes. "
             "Choose it outside of jax.jit."
         )
 
 
-def _check_finite(values):
+def _check_finite(values, name):
     if not np.all(np.isfinite(values)):
-        raise ValueError("`a` must be finite, got NaN or Inf. Repair it or leave it out.")
+        raise ValueError(f"`{name}` must be finite, got NaN or Inf. Repair it or leave it out.")
 
 
-def _check_values(values):
-    _check_finite(values)
+def _check_order(values, name):
+    # Values that are equal but for rounding in float32 may stand in any order.
     if np.any(values < 0) or np.any(np.diff(values) > 1e-6 * values[0]):
         raise ValueError(
-            "singular values must be descending and not negative, got "
+            f"`{name}` must hold singular values descending and not negative, got "
             f"{np.array2string(values[:4], precision=3)}, ... Sort them, or pass the matrix [m, n]."
         )
 

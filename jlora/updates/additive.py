@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _checks
-from jlora._numerics import is_finite, matmul, power_of_two_scale, to_compute
+from jlora._numerics import eye_like, is_finite, matmul, power_of_two_scale, to_compute
 from jlora.factorization.core import decompose_core
 from jlora.factorization.orthonormal import orthonormalize
 from jlora.factorization.sketch import fixed_sketch
@@ -151,20 +151,20 @@ def _add_low_rank(svd, x, y, rank):
         left, right = jnp.concatenate([u * s[..., None, :], x], -1), jnp.concatenate([vt, y], -2)
         return decompose_product(left, right, rank)
     scale_x, scale_y = power_of_two_scale(x), power_of_two_scale(y)
-    left, part_x = _extend_basis(u.mT, x.mT / scale_x)
-    right, part_y = _extend_basis(vt, y / scale_y)
+    left, part_x = extend_basis(u.mT, x.mT / scale_x)
+    right, part_y = extend_basis(vt, y / scale_y)
     # Of the two terms neither may overflow where the other is what counts.
     scale = power_of_two_scale(jnp.concatenate([s, (scale_x * scale_y)[..., 0]], -1)[..., None, :])
     term = matmul(part_x.mT, part_y) * (scale_x / scale * scale_y)
     old = jnp.pad(s / scale[..., 0], [(0, 0)] * (s.ndim - 1) + [(0, x.shape[-1])])
-    core = term + old[..., None] * jnp.eye(term.shape[-1], dtype=term.dtype)
+    core = term + old[..., None] * eye_like(term)
     noise = fixed_sketch(rank, core.shape[-1], core.dtype)
     e, s, f = decompose_core(core, rank, noise, is_reduced=False)
     svd = SVD(_settle(matmul(e.mT, left)).mT, s * scale[..., 0], _settle(matmul(f, right)))
     return poison(fix_signs(svd), is_finite(core))
 
 
-def _extend_basis(basis, rows):
+def extend_basis(basis, rows):
     """Return (basis and new rows after it, part), rows [..., b, m] = part @ the extended basis."""
     noise = fixed_sketch(*rows.shape[-2:], rows.dtype)
     inside = matmul(rows, basis.mT)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _checks
-from jlora._numerics import matmul, to_compute
+from jlora._numerics import eye_like, matmul, to_compute
 from jlora.factors import Factors
 
 
@@ -64,7 +64,7 @@ def _solve_damped(gram, rows, delta):
     mean = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] / gram.shape[-1]
     # A Gram matrix of zeros has no inverse; nothing is preconditioned then.
     is_zero = mean == 0
-    eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    eye = eye_like(gram)
     damped = jnp.where(is_zero, eye, gram + jnp.asarray(delta, gram.dtype) * mean * eye)
     return jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(damped), True), rows)
 

@@ -7,9 +7,18 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _checks
-from jlora._numerics import frobenius_norm, matmul, to_compute
-from jlora.factors import SVD, check_svd
-from jlora.updates.additive import add_low_rank
+from jlora._numerics import (
+    frobenius_norm,
+    is_finite,
+    matmul,
+    power_of_two_scale,
+    to_compute,
+)
+from jlora.factorization.core import decompose_core
+from jlora.factorization.sketch import fixed_sketch
+from jlora.factorization.svd import poison
+from jlora.factors import SVD, check_svd, fix_signs
+from jlora.updates.additive import add_low_rank, extend_basis
 
 
 class Tangent(NamedTuple):
@@ -168,8 +177,9 @@ def integrate_low_rank(svd, change, *, tolerance=0.0, max_rank=None):
 
     Cost: three products with the change and O((m + n) r²) flops.
 
-    Accuracy: exact where a, and a + change, have at most rank r. Otherwise of first order, with a
-        constant that does not depend on the singular values.
+    Accuracy: exact where a and a + change both have at most rank r and no direction of the one is
+        orthogonal to all of the other. Otherwise of first order, with a constant that does not
+        depend on the singular values.
 
     Source: Ceruti, Kusch, Lubich, "A rank-adaptive robust integrator for dynamical low-rank
         approximation", 2022.
@@ -193,24 +203,31 @@ def _integrate(svd, change, tolerance, max_rank):
     u, s, vt, *change = to_compute(*svd, *change)
     # Beside the old bases, K and L span no more than the products with the change.
     left, right = _multiply_right(change, vt), _multiply_left(change, u)
-    new_u, new_v = _join_bases(u, left), _join_bases(vt.mT, right.mT)
-    core = matmul(matmul(new_u.mT, u) * s[..., None, :], matmul(vt, new_v))
-    core = core + _project_both(change, new_u, new_v)
-    e, s, f = jnp.linalg.svd(core, full_matrices=False)
+    rows, columns = _join_bases(u.mT, left.mT), _join_bases(vt, right)
+    core = matmul(matmul(rows, u) * s[..., None, :], matmul(vt, columns.mT))
+    core = core + matmul(_multiply_left(change, rows.mT), columns.mT)
+    most = min(core.shape[-2:])
+    noise = fixed_sketch(most, core.shape[-1], core.dtype)
+    e, s, f = decompose_core(core, most, noise, is_reduced=False)
     # tail[k] is what a cut to rank k leaves.
     tail = jnp.sqrt(jnp.cumsum(s[..., ::-1] ** 2, axis=-1)[..., ::-1])
     allowed = jnp.asarray(tolerance, s.dtype) * frobenius_norm(core)[..., None]
     rank = jnp.sum(tail > allowed, axis=-1)
     rank = jnp.clip(rank, 1, max_rank).astype(jnp.int32)
-    keep = jnp.arange(max_rank, dtype=jnp.int32) < rank[..., None]
-    u = jnp.where(keep[..., None, :], matmul(new_u, e[..., :max_rank]), 0)
-    vt = jnp.where(keep[..., None], matmul(f[..., :max_rank, :], new_v.mT), 0)
-    return IntegratedSVD(SVD(u, jnp.where(keep, s[..., :max_rank], 0), vt), rank)
+    places = jnp.broadcast_to(jnp.arange(max_rank, dtype=jnp.int32), (*rank.shape, max_rank))
+    keep = places < rank[..., None]
+    u = jnp.where(keep[..., None, :], matmul(rows.mT, e[..., :max_rank]), 0)
+    vt = jnp.where(keep[..., None], matmul(f[..., :max_rank, :], columns), 0)
+    kept = SVD(u, jnp.where(keep, s[..., :max_rank], 0), vt)
+    return IntegratedSVD(poison(fix_signs(kept), is_finite(core)), rank)
 
 
 def _join_bases(basis, change):
-    """Return orthonormal columns that span those of both."""
-    return jnp.linalg.qr(jnp.concatenate([basis, change], axis=-1))[0]
+    """Return orthonormal rows that span those of both."""
+    if basis.shape[-2] + change.shape[-2] >= basis.shape[-1]:
+        whole = jnp.eye(basis.shape[-1], dtype=basis.dtype)
+        return jnp.broadcast_to(whole, (*basis.shape[:-2], *whole.shape))
+    return extend_basis(basis, change / power_of_two_scale(change))[0]
 
 
 def _check_change(change, u, vt, name):
@@ -238,8 +255,3 @@ def _multiply_left(change, u):
     first, *right = change
     product = matmul(u.mT, first)
     return matmul(product, right[0]) if right else product
-
-
-def _project_both(change, u, v):
-    """Return uᵀ @ change @ v."""
-    return matmul(_multiply_left(change, u), v)
