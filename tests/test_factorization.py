@@ -6,6 +6,7 @@ import pytest
 import jlora
 from benchmarks.matrices import SPECTRA, make_spiked
 from jlora.factorization.orthonormal import householder, orthonormalize
+from jlora.factorization.svd import _randomized_svd
 from tests.accuracy import optimal_error, orthonormality, residual
 from tests.gallery import GALLERY
 
@@ -87,6 +88,34 @@ def test_singular_values_of_a_small_known_matrix():
     np.testing.assert_allclose(abs(svd.u), abs(u), atol=1e-5)
     np.testing.assert_allclose(abs(svd.vt), abs(vt), atol=1e-5)
     np.testing.assert_allclose(abs(svd.u[:, 0]), [0.308219, 0.906133, 0.289695], atol=1e-5)
+
+
+def test_singular_values_of_the_matrix_in_nvidias_examples():
+    values = [
+        0.76420743, 0.61411544, 0.81724151, 0.42040879, 0.03446089, 0.03697287, 0.85962444,
+        0.67584086, 0.45594666, 0.02074835, 0.42018265, 0.39204509, 0.12657948, 0.90250559,
+        0.23076218, 0.50339844, 0.92974961, 0.21213988, 0.63962457, 0.58124562, 0.58325673,
+        0.11589871, 0.39831112, 0.21492685, 0.00540355,
+    ]  # fmt: skip
+    a = jnp.array(values, jnp.float32).reshape(5, 5)
+    known = [2.36539241, 0.81117785, 0.68562255, 0.41390509, 0.01519322]
+    np.testing.assert_allclose(jlora.truncated_svd(a, 5).s, known, atol=1e-6)
+    for rank in range(1, 6):
+        svd = jlora.randomized_svd(a, rank, key=KEY)
+        np.testing.assert_allclose(svd.s, known[:rank], atol=1e-6)
+
+
+def test_one_trace_a_shape():
+    def count_programs():
+        return _randomized_svd._cache_size()
+
+    start = count_programs()
+    for seed in range(3):
+        a = jax.random.normal(jax.random.key(seed), (190, 170))
+        jlora.randomized_svd(a, 3, key=jax.random.key(seed))
+    assert count_programs() == start + 1
+    jlora.randomized_svd(a.T, 3, key=KEY)
+    assert count_programs() == start + 2
 
 
 @pytest.mark.parametrize("spectrum", ["spiked", "flat"])

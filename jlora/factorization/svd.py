@@ -16,7 +16,7 @@ from jlora.factors import SVD, check_svd
 
 # Where the bulk of a matrix this large is cut, wide blocks and few passes cost less.
 _LARGE = 3072
-_PASSES_OF_RATIO = ((5, 16), (8, 20), (12, 22))  # min(m, n) over the rank, at most; passes
+_PASSES_OF_RATIO = ((5, 16), (8, 20), (16, 22))  # min(m, n) over the rank, at most; passes
 _SUBSPACE_PASSES = 10
 _WARM_PASSES = 2
 _WARM_OVERSAMPLING = 8
