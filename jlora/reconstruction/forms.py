@@ -37,7 +37,7 @@ def is_gain_unrolled(platform, bases, u, v, key, spec):
 
 
 def _find_most_unrolled(platform, dtype):
-    """Return the rank from which on another form is faster."""
+    """Return the largest rank at which no other form is faster."""
     if platform != "cpu":
         return 16
     return 24 if dtype.itemsize == 2 else 8  # the other forms convert all of a 16-bit base

@@ -138,7 +138,7 @@ def _check_index(index, shape, num_adapters):
 def _apply_many(x, u, v, index, base, scale, implementation):
     *batch, m = x.shape
     working, dtype = choose_dtypes(x, u, v, base)
-    rows, index = x.reshape(-1, m).astype(working), index.reshape(-1)
+    rows, index = x.reshape(-1, m).astype(working), index.reshape(-1).astype(jnp.int32)
     scale = jnp.broadcast_to(scale, len(u)).astype(compute_dtype(working))
     arrays = rows, u.astype(working), v.astype(working), scale, index
     delta = run_first(_IMPLEMENTATIONS, implementation, arrays)
