@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import jlora
+from jlora.adaptation.initialize import INITIALIZATIONS
 
 KEY = jax.random.key(0)
 
@@ -26,11 +27,11 @@ def adapt(params, *rules, key=KEY):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
-@pytest.mark.parametrize("init", ["pissa", "lora"])
+@pytest.mark.parametrize("init", list(INITIALIZATIONS))
 @pytest.mark.parametrize("scale", [1.0, 0.25, -2.0])
 def test_adapt_keeps_the_weights_and_merge_restores_them(dtype, init, scale):
     params = make_params(dtype)
-    adapted = adapt(params, jlora.Rule("q|stack", 3, init=init, scale=scale))
+    adapted = adapt(params, jlora.Rule("q|stack", 4, init=init, scale=scale))
     merged = jlora.merge(adapted)
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     for old, new in zip(jax.tree.leaves(params), jax.tree.leaves(merged), strict=True):
@@ -41,6 +42,39 @@ def test_adapt_keeps_the_weights_and_merge_restores_them(dtype, init, scale):
             np.asarray(new, np.float64), np.asarray(old, np.float64), atol=tolerance
         )
     assert adapted["counter"] is params["counter"]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25, -2.0])
+def test_milora_takes_the_last_triplets(scale):
+    params = make_params()
+    w = adapt(params, jlora.Rule("stack", 2, init="milora", scale=scale))["stack"]
+    u, s, vt = np.linalg.svd(np.asarray(params["stack"], np.float64), full_matrices=False)
+    minor = (u * s[:, None])[..., -2:] @ vt[:, -2:]
+    product = scale * np.asarray(w.u, np.float64) @ np.asarray(w.v, np.float64)
+    np.testing.assert_allclose(product, minor, atol=1e-5)
+    np.testing.assert_allclose(w.base, params["stack"] - minor, atol=1e-5)
+
+
+def test_olora_takes_the_leading_part_of_a_qr():
+    params = make_params()
+    w = adapt(params, jlora.Rule("stack", 2, init="olora", scale=0.5))["stack"]
+    q, r = np.linalg.qr(np.asarray(params["stack"], np.float64).mT)
+    product = np.asarray(w.u, np.float64) @ np.asarray(w.v, np.float64)
+    np.testing.assert_allclose(product, (q[..., :2] @ r[:, :2]).mT, atol=1e-5)
+    np.testing.assert_allclose(w.v @ w.v.mT, np.tile(np.eye(2), (3, 1, 1)), atol=1e-5)
+    np.testing.assert_allclose(w.base, params["stack"] - 0.5 * product, atol=1e-5)
+
+
+def test_orthogonal_has_two_factors_and_no_product():
+    params = make_params()
+    w = adapt(params, jlora.Rule("stack", 4, init="orthogonal"))["stack"]
+    np.testing.assert_allclose(jnp.matmul(w.u, w.v, precision="highest"), 0, atol=1e-6)
+    assert w.base is not None
+    assert bool((w.base == params["stack"]).all())
+    for factor in (w.u, w.v.mT):  # Gaussian of variance 1/2 over a hundred, in each half
+        size = float(jnp.mean(jnp.sum(factor**2, axis=-1)))
+        assert 0.5 * 2 / 100 < size < 2 * 2 / 100
+    assert not np.allclose(w.u[0], w.u[1])
 
 
 def test_residual_dropped_is_the_best_approximation():
@@ -136,8 +170,13 @@ def test_adapt_under_jit():
         ((3, 2), TypeError, "`pattern` must be a string"),
         (("q", 0), ValueError, "`rank` must be at least 1, got 0"),
         (("q", 1.5), TypeError, "`rank` must be an integer, got 1.5"),
-        (("q", 2, {"init": "magic"}), ValueError, "`init` must be one of 'pissa', 'lora', got"),
+        (
+            ("q", 2, {"init": "magic"}),
+            ValueError,
+            "`init` must be one of 'pissa', 'lora', 'milora', 'olora', 'ortho",
+        ),
         (("q", 2, {"part": "w"}), ValueError, "`part` must be one of 'v', 'u', 'uv'"),
+        (("q", 3, {"init": "orthogonal"}), ValueError, "`rank` must be even for init='orthogonal'"),
         (("q", 2, {"scale": 0.0}), ValueError, "`scale` must be finite and not zero"),
         (("q", 2, {"scale": "1"}), TypeError, "`scale` must be a Python number"),
         (("q", 2, {"columns": 0}), ValueError, "`columns` must be at least 1"),
@@ -154,7 +193,10 @@ def test_bad_rule(arguments, error, text):
 @pytest.mark.parametrize(
     ("rule", "text"),
     [
-        (jlora.Rule("nothing", 2), "'nothing' without one. The paths are: counter, layers/0/bias"),
+        (
+            jlora.Rule("layer/1/k", 2),
+            "'layer/1/k' without one. The nearest paths are: layers/1/q, ",
+        ),
         (jlora.Rule("counter", 2), r"counter \(has dtype int32"),
         (jlora.Rule("q", 9), r"layers/0/q: `rank` must be at most min\(m, n\) = 8"),
         (jlora.Rule("q", 2, columns=9), "layers/0/q: `columns` must be at most 8"),

@@ -1,6 +1,7 @@
 """Which weights are adapted, and how: a static, hashable plan."""
 
 import dataclasses
+import difflib
 import math
 import re
 
@@ -19,12 +20,14 @@ class Rule:
         pattern: regular expression, searched for anywhere in the path ("layers/0/attention/q").
         rank: static, ≥ 1.
         scale: of the delta, w = base + scale * u @ v. Finite, not zero.
-        init: "pissa" (the leading singular triplets) or "lora" (u random, v zero).
+        init: "pissa" (the leading singular triplets), "milora" (the last ones), "olora" (of a QR
+            decomposition), "lora" (u random, v zero) or "orthogonal" (both random, their product
+            zero; an even rank).
         part: what is trained: "v", "u" or "uv".
         columns: static k: of v, only the last k columns are trained. Needs part "v".
             None: all of them.
         residual: keep what the factors leave out in the base, so that the weight is unchanged
-            (True), or drop it, w ≈ u v, as a compression (False). "lora" has to keep it.
+            (True), or drop it, w ≈ u v, as a compression (False), which needs "pissa".
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -54,6 +57,10 @@ class Rule:
         if self.columns is not None:
             _checks.check_integer(self.columns, "columns")
             _checks.check_choice(self.part, ("v",), "part (with columns)")
+        if self.init == "orthogonal" and self.rank % 2:
+            raise ValueError(
+                f"`rank` must be even for init='orthogonal', got {self.rank}. Add one."
+            )
         if not self.residual:
             _checks.check_choice(self.init, ("pissa",), "init (with residual=False)")
 
@@ -169,12 +176,20 @@ def _check_every_rule_used(rules, entries, leaves, reasons):
     used = {id(entry.rule) for entry in entries}
     for rule in rules:
         if id(rule) not in used:
-            named = [_name_leaf(path, reasons.get(path)) for path, _ in leaves]
+            paths = _sort_by_likeness([path for path, _ in leaves], rule.pattern)
+            named = [_name_leaf(path, reasons.get(path)) for path in paths]
             listed = ", ".join(named[:8]) + (", ..." if len(named) > 8 else "")
             raise ValueError(
                 f"`rules` must each match a matrix that no earlier rule took, got pattern "
-                f"{rule.pattern!r} without one. The paths are: {listed or 'none'}."
+                f"{rule.pattern!r} without one. The nearest paths are: {listed or 'none'}."
             )
+
+
+def _sort_by_likeness(paths, pattern):
+    def measure(path):
+        return difflib.SequenceMatcher(None, pattern, path, autojunk=False).ratio()
+
+    return sorted(paths, key=measure, reverse=True)
 
 
 def _name_leaf(path, reason):
