@@ -43,9 +43,10 @@ def test_reconstruct_columns_recomputes_these_alone(columns):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_apply_factors_against_float64(dtype, shape):
-    factors, base = make_factors(*shape, 3, dtype), make_base(shape, dtype)
+@pytest.mark.parametrize("rank", [1, 3, 16, 100])
+@pytest.mark.parametrize("shape", [*SHAPES, (4096, 1)], ids=str)
+def test_apply_factors_against_float64(dtype, shape, rank):
+    factors, base = make_factors(*shape, rank, dtype), make_base(shape, dtype)
     x = jax.random.normal(jax.random.key(6), (2, 4, shape[0]), jnp.float32).astype(dtype)
     weight = np.asarray(base, np.float64) + 0.5 * product(factors)
     expected = np.asarray(x, np.float64) @ weight
@@ -119,6 +120,40 @@ def test_no_gradient_is_computed_that_nobody_asks_for():
     flops, forward = count_backward_flops(measure, factors.v)
     # That of v: one product with the thin activations, and elementwise work.
     assert flops - forward < 1.5 * 2 * 128 * 8 * 32
+
+
+def test_second_derivatives_of_apply_factors():
+    (u, v), x = make_factors(4, 3, 2), make_base((5, 4), jnp.float32)
+    base = make_base((4, 3), jnp.float32)
+
+    def thin(x, u, v):
+        return jnp.sum(jnp.sin(jlora.apply_factors(x, jlora.Factors(u, v), base, scale=0.5)))
+
+    def dense(x, u, v):
+        return jnp.sum(jnp.sin(x @ (base + 0.5 * u @ v)))
+
+    found, expected = (jax.hessian(function, (0, 1, 2))(x, u, v) for function in (thin, dense))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+                 found, expected)  # fmt: skip
+    ones = jax.tree.map(jnp.ones_like, (x, u, v))
+    for one, other in zip(jax.jvp(thin, (x, u, v), ones), jax.jvp(dense, (x, u, v), ones),
+                          strict=True):  # fmt: skip
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_low_precision_errs_at_most_twice_as_much_as_plain_jax():
+    u, v = make_factors(129, 65, 16, jnp.bfloat16)
+    base, x = make_base((129, 65), jnp.bfloat16), make_base((33, 129), jnp.bfloat16)
+    exact = np.asarray(base, np.float64) + product(jlora.Factors(u, v))
+    factors = jlora.Factors(u, v)
+
+    def measure(found, expected):
+        return np.linalg.norm(np.asarray(found, np.float64) - expected)
+
+    assert measure(jlora.reconstruct(factors, base), exact) <= 2 * measure(base + u @ v, exact)
+    expected = np.asarray(x, np.float64) @ exact
+    plain = x @ base + (x @ u) @ v
+    assert measure(jlora.apply_factors(x, factors, base), expected) <= 2 * measure(plain, expected)
 
 
 def test_jit_and_vmap_equal_the_loop():

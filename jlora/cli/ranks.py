@@ -134,9 +134,11 @@ def _describe(arguments, matrix):
 
 def _ask(arguments, matrix, rule):
     """Return what a rule says, as text; "-" where it cannot be applied to these values."""
+    # The last values of a matrix that is all but singular fall off steeply, and say nothing.
+    most = max(1, len(matrix.values) // 2) if rule == "gap" else None
     try:
         rank, _ = choose_rank(
-            matrix.values, rule, shape=matrix.shape, norm=matrix.norm,
+            matrix.values, rule, shape=matrix.shape, norm=matrix.norm, max_rank=most,
             energy=arguments.energy, tolerance=arguments.tolerance,
         )  # fmt: skip
     except ValueError:

@@ -182,7 +182,7 @@ def plan_krylov(limit, rank):
         for ratio, num_passes in _PASSES_OF_RATIO:
             if limit <= ratio * rank:
                 return num_passes, half
-        return (22 if rank >= 128 else 24 if rank >= 48 else 26), half
+        return (22 if rank >= 128 else 26), half
     return (18, rank) if rank <= 64 else (28, half)
 
 
