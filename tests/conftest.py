@@ -16,3 +16,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def standard_promotion():
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Let go of the compiled programs of a file.
+
+    Each holds memory maps, of which Linux gives a process 65,530: some thousands of programs use
+    them up, and the compiler crashes.
+    """
+    yield
+    jax.clear_caches()
