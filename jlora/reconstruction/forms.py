@@ -44,12 +44,17 @@ def _find_most_unrolled(platform, dtype):
 
 
 def sum_unrolled(bases, u, v, key, spec):
-    """Return the sum rank by rank: elementwise, so that it is one pass over the base."""
-    total = add_bases(bases, u.dtype) if bases else jnp.zeros((*u.shape[:-1], v.shape[-1]), u.dtype)
-    for k in range(u.shape[-1]):
-        column = jnp.broadcast_to(u[..., :, k, None], total.shape)
-        total = total + column * jnp.broadcast_to(v[..., k, None, :], total.shape)
-    return spec.round(total, key)
+    """Return the sum rank by rank: elementwise, so that it is one pass over the base.
+
+    The base comes last: each of the terms would be rounded to its last place.
+    """
+    shape = (*u.shape[:-1], v.shape[-1])
+    terms = [
+        jnp.broadcast_to(u[..., :, k, None], shape) * jnp.broadcast_to(v[..., k, None, :], shape)
+        for k in range(u.shape[-1])
+    ]
+    delta = sum(terms[1:], terms[0])
+    return spec.round(add_bases(bases, u.dtype) + delta if bases else delta, key)
 
 
 def why_not_in_place(bases, u, v, key, spec):
