@@ -52,7 +52,7 @@ def test_milora_takes_the_last_triplets(scale):
     minor = (u * s[:, None])[..., -2:] @ vt[:, -2:]
     product = scale * np.asarray(w.u, np.float64) @ np.asarray(w.v, np.float64)
     np.testing.assert_allclose(product, minor, atol=1e-5)
-    np.testing.assert_allclose(w.base, params["stack"] - minor, atol=1e-5)
+    np.testing.assert_allclose(w.base, np.asarray(params["stack"]) - minor, atol=1e-5)
 
 
 def test_olora_takes_the_leading_part_of_a_qr():
@@ -62,7 +62,7 @@ def test_olora_takes_the_leading_part_of_a_qr():
     product = np.asarray(w.u, np.float64) @ np.asarray(w.v, np.float64)
     np.testing.assert_allclose(product, (q[..., :2] @ r[:, :2]).mT, atol=1e-5)
     np.testing.assert_allclose(w.v @ w.v.mT, np.tile(np.eye(2), (3, 1, 1)), atol=1e-5)
-    np.testing.assert_allclose(w.base, params["stack"] - 0.5 * product, atol=1e-5)
+    np.testing.assert_allclose(w.base, np.asarray(params["stack"]) - 0.5 * product, atol=1e-5)
 
 
 def test_orthogonal_has_two_factors_and_no_product():

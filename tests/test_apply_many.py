@@ -79,7 +79,7 @@ def test_traced_indices_and_batch_axes(form):
 def test_gradients_reach_the_adapters_that_were_used(form):
     x, bank, index, base = make_case(40, 3)
     index = jnp.where(index == 1, 0, index)
-    scale = jnp.array([0.5, 1.0, 2.0])
+    scale = jnp.array([0.5, 1.0, 2.0], jnp.float32)
 
     def measure(x, bank, base, scale):
         y = jlora.apply_many(x, bank, index, base, scale=scale, implementation=form)

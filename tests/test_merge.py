@@ -217,7 +217,7 @@ def test_unmerge_of_a_pair_is_exact_bit_by_bit(rank, dtype):
 def test_derivatives_are_those_of_the_sum(rounding):
     factors, base = make_case((6, 5), 3, jnp.bfloat16, rms=1.0, delta=1.0)
     key = KEY if rounding == "stochastic" else None
-    weights = jax.random.normal(KEY, (6, 5))
+    weights = jax.random.normal(KEY, (6, 5), jnp.float32)
 
     def measure(u, v, scale):
         merged = jlora.reconstruct(jlora.Factors(u, v), base, scale=scale, rounding=rounding,
