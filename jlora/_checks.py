@@ -110,6 +110,13 @@ def check_factors(factors, name="factors"):
     return u, v
 
 
+def check_base(base, shape, name="base"):
+    """Return `base` as a matrix of the shape that u @ v has."""
+    base = check_matrix(base, name)
+    check_shape(base.shape, shape, name, "that of u @ v")
+    return base
+
+
 def check_pairs(factors):
     """Return [(u, v)] of a sequence of factors of products of one size."""
     pairs = [check_factors(pair, f"factors[{i}]") for i, pair in enumerate(factors)]

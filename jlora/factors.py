@@ -113,6 +113,16 @@ def fix_signs(svd):
     return SVD(jnp.where(negative, -u, u), s, jnp.where(negative.mT, -vt, vt))
 
 
+def pad_rank(factors, rank):
+    """Return factors of the same product with zeros up to `rank`."""
+    u, v = factors
+    no_padding, missing = [(0, 0)] * (u.ndim - 2), rank - u.shape[-1]
+    return Factors(
+        jnp.pad(u, [*no_padding, (0, 0), (0, missing)]),
+        jnp.pad(v, [*no_padding, (0, missing), (0, 0)]),
+    )
+
+
 def check_svd(svd, name="svd"):
     """Return the three arrays of `svd` after checking that they belong together."""
     if not (isinstance(svd, tuple) and len(svd) == 3):

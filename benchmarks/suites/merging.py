@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
-from benchmarks.ahead_of_time import TARGETS, compile_elsewhere, why_not
+from benchmarks.ahead_of_time import TARGETS
 from benchmarks.cases import Case, NamedCase, WholeCase
-from benchmarks.harness import Contender, Group, Prepared
+from benchmarks.harness import Contender, Group
 from benchmarks.preparation import prepare_jax, prepare_torch
+from benchmarks.suites.compiled import make_compile_group
 
 _NUM_ADAPTERS = 16
 _NUM_KEYS = 64
@@ -78,23 +79,18 @@ def make_rounding_group(suite, size=1024, rank=16):
         u = rng.standard_normal((size, rank), np.float32)
         return w, u, (1e-4 / rank**0.5 * rng.standard_normal((rank, size))).astype(np.float32)
 
-    def run(rounding, w, u, v):
-        return jlora.reconstruct(jlora.Factors(u, v), w, rounding=rounding)
-
-    def run_stochastic(w, u, v):
-        return jlora.reconstruct(
-            jlora.Factors(u, v), w, rounding="stochastic", key=jax.random.key(0)
-        )
+    def run(rounding, w, u, v, key=None):
+        return jlora.reconstruct(jlora.Factors(u, v), w, rounding=rounding, key=key)
 
     def prepare_stochastic(w, u, v):
         """One run is one merge; the result judged is that of many keys."""
-        one = prepare_jax(run_stochastic, w, u, v)
-        merge = jax.jit(lambda key: jlora.reconstruct(
-            jlora.Factors(u, v), w, rounding="stochastic", key=key))  # fmt: skip
+        merge = functools.partial(run, "stochastic")
+        one = prepare_jax(functools.partial(merge, key=jax.random.key(0)), w, u, v)
+        merge = jax.jit(functools.partial(merge, w, u, v))
 
         def fetch(result):
             keys = jax.random.split(jax.random.key(1), _NUM_KEYS)
-            return np.stack([np.asarray(merge(key), np.float32) for key in keys])
+            return np.stack([np.asarray(merge(key=key), np.float32) for key in keys])
 
         return one._replace(fetch=fetch)
 
@@ -127,27 +123,13 @@ def make_rounding_group(suite, size=1024, rank=16):
                  flops=2.0 * size * size * rank, bytes=4.0 * size * size)  # fmt: skip
 
 
-def make_compile_group(suite, target):
-    """Return the group that compiles a donated merge for an accelerator that need not be here."""
-
-    def prepare():
-        return Prepared(
-            lambda: compile_elsewhere(target, "reconstruct bfloat16, rank 16"), lambda found: found
-        )
-
-    def read(inputs, found):
-        return {kind.replace("_", " "): found[kind]
-                for kind in ("temporary_bytes", "alias_bytes", "num_kernels", "compile_ms")
-                }  # fmt: skip
-
-    ours = Contender(
-        "jlora reconstruct", prepare, "jlora",
-        "4096×4096 bfloat16, rank 16, donated; the time is of a fresh process",
-        most_runs=1, skip=why_not(target),
-    )  # fmt: skip
-    return Group(suite, "compile ahead of time", WholeCase(target), tuple, (ours,), read)
-
-
 def list_compile_groups(suite):
-    """Return the groups of all accelerators."""
-    return [make_compile_group(suite, target) for target in TARGETS]
+    """Return the groups that compile a donated merge for accelerators that need not be here."""
+    return [
+        make_compile_group(
+            suite, WholeCase(target), target, "reconstruct bfloat16, rank 16", "jlora reconstruct",
+            "4096×4096 bfloat16, rank 16, donated",
+            ("temporary_bytes", "alias_bytes", "num_kernels", "compile_ms"),
+        )
+        for target in TARGETS
+    ]  # fmt: skip

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 
 import jlora
-from benchmarks.ahead_of_time import TARGETS, compile_elsewhere, why_not
+from benchmarks.ahead_of_time import TARGETS
 from benchmarks.cases import Case, NamedCase, make_weights
 from benchmarks.harness import Contender, Group, Prepared
 from benchmarks.preparation import fetch_jax, prepare_jax
+from benchmarks.suites.compiled import make_compile_group
 from benchmarks.svd_errors import compute_singular_values, measure_svd_errors
 from jlora.factorization.krylov import krylov_factors
 from jlora.factorization.products import multiply, multiply_transposed
@@ -45,7 +46,7 @@ def list_groups():
         make_split_group(SPLIT_CASE),
         *(make_seeds_group(case) for case in SEEDS_CASES),
         *(make_choice_group(case) for case in CHOICE_CASES),
-        *(make_compile_group(target) for target in TARGETS),
+        *(make_svd_compile_group(target) for target in TARGETS),
     ]
 
 
@@ -154,20 +155,11 @@ def make_split_group(case):
                  measure_errors)  # fmt: skip
 
 
-def make_compile_group(target):
+def make_svd_compile_group(target):
     """Return the group that compiles a batch for an accelerator that need not be here."""
-
-    def prepare():
-        return Prepared(lambda: compile_elsewhere(target, _AOT_PROGRAM), lambda found: found)
-
-    def read(inputs, found):
-        return {kind.replace("_", " "): found[kind]
-                for kind in ("compile_ms", "lower_ms", "temporary_bytes")}  # fmt: skip
-
-    ours = Contender(
-        "jlora krylov", prepare, "jlora", "all defaults; the time is of a fresh process",
-        most_runs=1, skip=why_not(target),
-    )  # fmt: skip
     fields = Case("llama-2-7b", "attention", 64, layers=8)
     case = NamedCase(f"{fields.name}, for {target}", fields.shape, fields)
-    return Group(SUITE, "compile ahead of time", case, tuple, (ours,), read)
+    return make_compile_group(
+        SUITE, case, target, _AOT_PROGRAM, "jlora krylov", "all defaults",
+        ("compile_ms", "lower_ms", "temporary_bytes"),
+    )  # fmt: skip

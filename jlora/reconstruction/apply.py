@@ -50,9 +50,7 @@ def apply_factors(x, factors, base=None, *, scale=1.0, columns=None, implementat
     x = _checks.check_array(x, "x")
     u, v = _checks.check_factors(factors)
     if base is not None:
-        base = _checks.check_matrix(base, "base")
-        expected = (*u.shape[:-1], v.shape[-1])
-        _checks.check_shape(base.shape, expected, "base", "that of u @ v")
+        base = _checks.check_base(base, (*u.shape[:-1], v.shape[-1]))
     if x.ndim == 0 or x.shape[-1] != u.shape[-2]:
         raise ValueError(
             f"`x` must have shape [..., {u.shape[-2]}] (the rows of u), got {x.shape}. "

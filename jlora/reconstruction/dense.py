@@ -162,16 +162,10 @@ def _check_bases(base, shape):
     if base is None:
         return ()
     if not isinstance(base, CompensatedWeight):
-        return (_check_base(base, shape, "base"),)
-    high, low = (_check_base(part, shape, f"base.{name}")
+        return (_checks.check_base(base, shape),)
+    high, low = (_checks.check_base(part, shape, f"base.{name}")
                  for name, part in zip(base._fields, base, strict=True))  # fmt: skip
     return high, low
-
-
-def _check_base(base, shape, name):
-    base = _checks.check_matrix(base, name)
-    _checks.check_shape(base.shape, shape, name, "that of u @ v")
-    return base
 
 
 def _read_columns(columns, n):

@@ -169,7 +169,7 @@ def is_spread(array):
     """Return whether an array lies on several devices; of a traced one that is not known."""
     if isinstance(array, jax.core.Tracer):
         return False
-    return len(getattr(array, "sharding", None).device_set) > 1
+    return len(array.sharding.device_set) > 1
 
 
 IMPLEMENTATIONS = (

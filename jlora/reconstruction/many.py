@@ -7,7 +7,7 @@ import numpy as np
 from jlora import _checks
 from jlora._dispatch import Implementation, can_always, check_usable, choose, run_first
 from jlora._numerics import compute_dtype, matmul_activations, to_compute
-from jlora.factors import Factors
+from jlora.factors import Factors, pad_rank
 from jlora.reconstruction.apply import choose_dtypes
 
 _LEAST_BLOCK_ROWS, _MOST_BLOCK_ROWS = 16, 64
@@ -38,10 +38,8 @@ def stack_factors(factors):
     pairs = _checks.check_pairs(factors)
     rank = max(u.shape[-1] for u, _ in pairs)
     parts = to_compute(*(part for pair in pairs for part in pair))
-    no_padding = [(0, 0)] * (parts[0].ndim - 2)
-    us = [jnp.pad(u, [*no_padding, (0, 0), (0, rank - u.shape[-1])]) for u in parts[::2]]
-    vs = [jnp.pad(v, [*no_padding, (0, rank - v.shape[-2]), (0, 0)]) for v in parts[1::2]]
-    return Factors(jnp.stack(us), jnp.stack(vs))
+    padded = [pad_rank(Factors(*pair), rank) for pair in zip(parts[::2], parts[1::2], strict=True)]
+    return jax.tree.map(lambda *each: jnp.stack(each), *padded)
 
 
 def apply_many(x, bank, index, base=None, *, scale=1.0, implementation=None):
@@ -103,8 +101,7 @@ def _prepare(x, bank, index, base, scale, implementation):
         )
     _checks.check_shape(x.shape[-1:], (u.shape[-2],), "x", "its columns are the rows of bank.u")
     if base is not None:
-        base = _checks.check_matrix(base, "base")
-        _checks.check_shape(base.shape, (u.shape[-2], v.shape[-1]), "base", "that of u @ v")
+        base = _checks.check_base(base, (u.shape[-2], v.shape[-1]))
     index = _check_index(index, x.shape[:-1], len(u))
     scale = jnp.asarray(scale)
     if scale.shape not in ((), (len(u),)):

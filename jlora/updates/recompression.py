@@ -12,7 +12,7 @@ from jlora.factorization.orthonormal import orthonormalize
 from jlora.factorization.products import ImplicitProduct
 from jlora.factorization.sketch import fixed_sketch
 from jlora.factorization.svd import iterate, plan_iteration, poison, refuse_derivative
-from jlora.factors import SVD, Factors, fix_signs, split_svd
+from jlora.factors import SVD, Factors, fix_signs, pad_rank, split_svd
 
 
 def concatenate_factors(factors, weights=None):
@@ -140,7 +140,7 @@ def balance(factors):
     """
     u, v = _checks.check_factors(factors)
     rank, kept = u.shape[-1], _find_limit(u, v)
-    return _pad_rank(split_svd(decompose_product(u, v, kept)), rank)
+    return pad_rank(split_svd(decompose_product(u, v, kept)), rank)
 
 
 def orthogonalize_product(factors):
@@ -185,20 +185,11 @@ def orthogonalize_product(factors):
     least = 10 * jnp.finfo(s.dtype).eps * kept**0.5 * s[..., :1]
     # NaN is not below anything, and stays.
     gone = (s <= least)[..., None]
-    return _pad_rank(Factors(jnp.where(gone.mT, 0, left), jnp.where(gone, 0, right)), rank)
+    return pad_rank(Factors(jnp.where(gone.mT, 0, left), jnp.where(gone, 0, right)), rank)
 
 
 def _find_limit(u, v):
     return min(u.shape[-2], v.shape[-1], u.shape[-1])
-
-
-def _pad_rank(factors, rank):
-    u, v = factors
-    no_padding, missing = [(0, 0)] * (u.ndim - 2), rank - u.shape[-1]
-    return Factors(
-        jnp.pad(u, [*no_padding, (0, 0), (0, missing)]),
-        jnp.pad(v, [*no_padding, (0, missing), (0, 0)]),
-    )
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "num_passes", "block_size"))
