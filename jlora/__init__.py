@@ -9,9 +9,13 @@ together again, A' = U V.
 import jax as _jax  # noqa: F401
 import optax as _optax  # noqa: F401
 
+from jlora.adaptation.batching import adapt
 from jlora.adaptation.lifting import on_merged
-from jlora.adaptation.plan import Plan, PlanEntry, Rule, make_plan
-from jlora.adaptation.tree import AdaptedWeight, adapt, join, linear, merge, split_trainable
+from jlora.adaptation.plan import Plan, PlanEntry, make_plan
+from jlora.adaptation.quantization import quantize_int8, quantize_nf4
+from jlora.adaptation.ranks import RankBudget, RankRule
+from jlora.adaptation.rules import Rule
+from jlora.adaptation.tree import AdaptedWeight, join, linear, merge, split_trainable
 from jlora.checkpoints.arrays import load_arrays, save_arrays
 from jlora.factorization.adaptive import AdaptiveSVD, adaptive_svd
 from jlora.factorization.budget import allocate_ranks
@@ -58,7 +62,8 @@ __all__ = [  # noqa: RUF022 (in the order of the rooms)
     "project_tangent", "Tangent", "retract", "integrate_low_rank", "IntegratedSVD",
     "reconstruct", "unmerge", "CompensatedWeight", "apply_factors", "apply_many", "stack_factors",
     "which_implementation",
-    "Rule", "Plan", "PlanEntry", "make_plan",
+    "Rule", "RankRule", "RankBudget", "Plan", "PlanEntry", "make_plan",
+    "quantize_int8", "quantize_nf4",
     "AdaptedWeight", "adapt", "split_trainable", "join", "merge", "linear", "on_merged",
     "fit", "FitResult", "TrainState", "init_train", "train_step",
     "evaluate_loss", "measure_cost", "TrainingCost",

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 def common_dtype(*dtypes):
     """Return the dtype that holds all the given ones, also under strict dtype promotion."""
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*dtypes)
+        # Canonical first: without x64 a float64 array of NumPy would bring a warning.
+        return jnp.result_type(*map(jax.dtypes.canonicalize_dtype, dtypes))
 
 
 def compute_dtype(*dtypes):

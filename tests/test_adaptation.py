@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora.adaptation.initialize import INITIALIZATIONS
 
 KEY = jax.random.key(0)
 
@@ -27,7 +26,7 @@ def adapt(params, *rules, key=KEY):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
-@pytest.mark.parametrize("init", list(INITIALIZATIONS))
+@pytest.mark.parametrize("init", ["pissa", "lora", "milora", "olora", "orthogonal"])
 @pytest.mark.parametrize("scale", [1.0, 0.25, -2.0])
 def test_adapt_keeps_the_weights_and_merge_restores_them(dtype, init, scale):
     params = make_params(dtype)

@@ -32,7 +32,12 @@ for shape, kind in re.findall(pattern, text):
     size = int(np.prod([int(d) for d in shape.split(",") if d] or [1]))
     sizes[kind] = max(sizes.get(kind, 0), size)
 product = lambda svd: (np.asarray(svd.u) * np.asarray(svd.s)) @ np.asarray(svd.vt)
+weights = {"w": sharded, "stack": jnp.stack([a, a])}
+weights["stack"] = jax.device_put(weights["stack"], NamedSharding(mesh, PartitionSpec(None, *spec)))
+plan = jlora.make_plan(weights, jlora.Rule(".*", rank))
+adapted = jlora.adapt(weights, plan, key=jax.random.key(1))
 print(json.dumps({
+    "spread bases": [adapted[path].base.sharding == w.sharding for path, w in weights.items()],
     "sizes": sizes,
     "difference": float(np.abs(product(found) - product(single)).max()),
     "u": str(found.u.sharding.spec), "vt": str(found.vt.sharding.spec),
@@ -53,6 +58,7 @@ def test_sharded_over_eight_devices(axis, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
+    assert result["spread bases"] == [True, True]
     assert result["difference"] < 1e-3
     assert result["orthogonality"] < 1e-5
     m, n, block, passes = 512, 384, 8, 8

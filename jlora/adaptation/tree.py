@@ -1,32 +1,32 @@
-"""A tree of weights, some of them adapted: made, taken apart for training, merged."""
+"""A tree of weights, some of them adapted: taken apart for training, multiplied, merged."""
 
 import dataclasses
 import functools
 import re
-import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _checks
-from jlora._numerics import common_dtype
-from jlora.adaptation.initialize import INITIALIZATIONS
-from jlora.adaptation.plan import Plan
-from jlora.adaptation.weights import map_leaves
+from jlora._numerics import common_dtype, matmul
+from jlora.adaptation.weights import fold_path, map_leaves, restore_layout, view_matrix
 from jlora.factors import Factors
 from jlora.reconstruction.apply import apply_factors
 from jlora.reconstruction.dense import reconstruct
+from jlora.reconstruction.rounding import check_rounding
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("base", "u", "v", "scale"),
-    meta_fields=("part", "columns", "dtype"),
+    data_fields=("base", "u", "v", "scale", "core"),
+    meta_fields=("part", "columns", "dtype", "layout", "axes"),
 )
 @dataclasses.dataclass(frozen=True)
 class AdaptedWeight:
     """A weight as base + scale * u @ v: a pytree node in the place of the plain array.
+
+    Seen as a matrix [..., m, n]; the base lies as the weight did, in its own layout. With a core
+    it is base + scale * u @ core @ v.
 
     Shapes: m inputs, n outputs, r rank, ... batch axes.
 
@@ -39,85 +39,46 @@ class AdaptedWeight:
         ((4, 3), (4, 1), (1, 3))
     """
 
-    base: jax.Array | None  # [..., m, n] in the weight's dtype; None: dropped, w = scale * u @ v
+    base: jax.Array | None  # as the weight, dtype too; None: dropped, w = scale * u @ v
     u: jax.Array  # [..., m, r] in the compute dtype
     v: jax.Array  # [..., r, n] in the compute dtype
     scale: jax.Array  # scalar
-    part: str  # "v", "u" or "uv": what is trained
+    part: str  # "v", "u", "uv", "core" or "s": what is trained
     columns: int | None  # of v, only the last so many columns are trained
     dtype: np.dtype  # of the weight
+    core: jax.Array | None = None  # [..., r, r], for part "s" [..., r] of a diagonal; None: none
+    layout: str = "io"  # of the base, see `Rule`
+    axes: tuple[int, ...] | None = None  # sizes of the axes in `layout`; None: (m, n)
 
     @property
     def shape(self):
-        """Shape of the weight it stands for, [..., m, n]."""
-        return (*self.u.shape[:-1], self.v.shape[-1])
+        """Shape of the weight it stands for, as it is stored."""
+        batch, axes = self.u.shape[:-2], self.axes
+        if axes is None:
+            return (*batch, self.u.shape[-2], self.v.shape[-1])
+        named = self.layout.count("b")
+        return (*batch[: len(batch) - named], *axes)
 
     @property
     def ndim(self):
         """Number of axes of the weight it stands for."""
-        return self.u.ndim
+        return len(self.shape)
 
     @property
     def factors(self):
-        """The delta's `Factors`, without the scale."""
-        return Factors(self.u, self.v)
-
-
-def adapt(params, plan, *, key):
-    """Return the tree with an AdaptedWeight in place of each weight of the plan.
-
-    Other leaves are the same objects as before.
-
-    Args:
-        params: pytree of arrays that the plan was made for.
-        plan: `Plan`, static.
-        key: one typed PRNG key, consumed; folded with each path, so that no weight's numbers
-            depend on which others there are.
-
-    Returns:
-        The tree. With the residual kept, base + scale * u @ v equals the weight to the rounding
-        of the base's dtype.
-
-    Raises:
-        TypeError: `plan` is no Plan, or `key` no typed key.
-        ValueError: the tree does not have a planned weight in its planned shape, or a weight
-            holds NaN or Inf (with the path; not checked under jit).
-
-    Cost: for each weight one decomposition, see `randomized_svd`.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, jlora
-        >>> params = {"w": jax.random.normal(jax.random.key(0), (8, 6)), "b": jnp.zeros(6)}
-        >>> plan = jlora.make_plan(params, jlora.Rule("w", 2))
-        >>> adapted = jlora.adapt(params, plan, key=jax.random.key(1))
-        >>> bool(abs(jlora.merge(adapted)["w"] - params["w"]).max() < 1e-5)
-        True
-    """
-    if not isinstance(plan, Plan):
-        raise TypeError(
-            f"`plan` must be a jlora.Plan, got {type(plan).__name__}. Make one with make_plan."
-        )
-    _checks.check_key(key)
-    entries = {entry.path: entry for entry in plan.entries}
-
-    def adapt_leaf(path, leaf):
-        entry = entries.pop(path, None)
-        return leaf if entry is None else _adapt_weight(entry, leaf, key)
-
-    adapted = map_leaves(adapt_leaf, params)
-    if entries:
-        raise ValueError(
-            f"`params` must hold every path of the plan, got none at {', '.join(entries)}. "
-            "Make the plan from this tree."
-        )
-    return adapted
+        """The delta's `Factors`, the core multiplied into u, without the scale."""
+        if self.core is None:
+            return Factors(self.u, self.v)
+        if self.part == "s":
+            return Factors(self.u * self.core[..., None, :], self.v)
+        return Factors(matmul(self.u, self.core), self.v)
 
 
 def split_trainable(adapted, *, also_train=None):
     """Return (trainable, frozen): two trees of one structure, None where the other has a leaf.
 
-    Of an AdaptedWeight the chosen part is trained. With `columns=k` the trainable tree holds
-    the last k columns of v, and the frozen one the columns before them.
+    Of an AdaptedWeight the chosen part is trained, for "core" and "s" its core. With `columns=k`
+    the trainable tree holds the last k columns of v, and the frozen one the columns before them.
 
     Args:
         adapted: tree from `adapt`.
@@ -173,14 +134,23 @@ def join(trainable, frozen):
     return jax.tree.map(_join_leaf, trainable, frozen, is_leaf=_is_none_or_adapted)
 
 
-def merge(adapted):
+def merge(adapted, *, rounding="nearest", key=None):
     """Return the tree of plain weights, base + scale * u @ v in each weight's own dtype.
 
     Args:
         adapted: tree from `adapt`.
+        rounding: static, how the sums become bfloat16 or float16, see `reconstruct`: "nearest",
+            "stochastic" or "compensated". Weights of other dtypes are rounded to the nearest.
+        key: one typed PRNG key for "stochastic", consumed; folded with each path. None: for the
+            others.
 
     Returns:
-        The tree that `adapt` was given, in structure and dtypes.
+        The tree that `adapt` was given, in structure, layouts and dtypes; NumPy arrays where the
+        bases are. With rounding="compensated" a `CompensatedWeight` in place of each adapted
+        weight of 16 bits.
+
+    Raises:
+        TypeError, ValueError: a key or a rounding as `reconstruct` refuses it.
 
     Cost: one pass over each adapted weight.
 
@@ -193,23 +163,68 @@ def merge(adapted):
         >>> jlora.merge(jlora.adapt(params, plan, key=jax.random.key(0)))["w"].dtype
         dtype(bfloat16)
     """
-    return jax.tree.map(_merge_leaf, adapted, is_leaf=is_adapted)
+    check_rounding(rounding, key, jnp.dtype(jnp.bfloat16))
+
+    def merge_leaf(path, leaf):
+        if not is_adapted(leaf):
+            return leaf
+        if jnp.finfo(leaf.dtype).bits != 16:
+            return merge_weight(leaf)
+        own_key = None if key is None else fold_path(key, path)
+        return merge_weight(leaf, rounding=rounding, key=own_key)
+
+    return map_leaves(merge_leaf, adapted, is_leaf=is_adapted)
+
+
+def merge_weight(weight, **settings):
+    """Return one `AdaptedWeight` as a plain array in its own layout."""
+    matrix, factors, is_turned = view_stored(weight)
+    dtype = jax.dtypes.canonicalize_dtype(weight.dtype)
+    merged = reconstruct(factors, matrix, scale=weight.scale, dtype=dtype, **settings)
+
+    def restore(part):
+        part = part.reshape(weight.shape) if is_turned else restore_layout(
+            part, weight.layout, weight.shape
+        )  # fmt: skip
+        is_on_host = isinstance(weight.base, np.ndarray) and not isinstance(part, jax.core.Tracer)
+        return np.array(part, weight.dtype) if is_on_host else part
+
+    return jax.tree.map(restore, merged)
+
+
+def view_stored(weight):
+    """Return (base, factors, is_turned): matrices of one orientation, at best without moving any.
+
+    A weight that is stored outputs first is taken as the transpose of its view: its factors are
+    turned, which costs nothing beside turning the base.
+    """
+    u, v = weight.factors
+    kinds = weight.layout.lstrip("b")
+    is_turned = kinds == "o" * kinds.count("o") + "i" * kinds.count("i")
+    if is_turned:
+        u, v = v.mT, u.mT
+    base = weight.base
+    if base is not None:
+        shape = (*u.shape[:-1], v.shape[-1])
+        base = base.reshape(shape) if is_turned else view_matrix(base, weight.layout)
+    return base, Factors(u, v), is_turned
 
 
 def linear(x, w):
     """Return x @ w for a plain weight or an AdaptedWeight.
 
-    A model that multiplies its weights with this runs on the plain and on the adapted tree.
+    A model that multiplies its weights with this runs on the plain and on the adapted tree. One
+    that does not can be run through `lift`.
 
     Args:
         x: [..., t, m] activations.
-        w: [..., m, n] array, or `AdaptedWeight` of that shape.
+        w: [..., m, n] array, or `AdaptedWeight` of that shape, in the layout "io".
 
     Returns:
         [..., t, n] in the common dtype of x and the weight.
 
     Raises:
-        TypeError, ValueError: as `apply_factors`.
+        TypeError, ValueError: as `apply_factors`; an adapted weight of another layout.
 
     Example:
         >>> import jax.numpy as jnp, jlora
@@ -218,13 +233,13 @@ def linear(x, w):
     """
     if not is_adapted(w):
         return jnp.matmul(x, w)
+    if w.layout.lstrip("b") != "io":
+        raise ValueError(
+            f"`w` must have the layout 'io' to be multiplied by linear, got {w.layout!r}. "
+            "Run the model through jlora.lift."
+        )
     y = apply_factors(x, w.factors, w.base, scale=w.scale, columns=w.columns)
     return y.astype(common_dtype(x.dtype, w.dtype))
-
-
-def fold_path(key, path):
-    """Return a key of this path's own: by its name, so that other paths change nothing."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def is_adapted(leaf):
@@ -233,22 +248,6 @@ def is_adapted(leaf):
 
 def _is_none_or_adapted(leaf):
     return leaf is None or is_adapted(leaf)
-
-
-def _adapt_weight(entry, w, key):
-    if tuple(w.shape) != entry.shape:
-        raise ValueError(
-            f"{entry.path}: `params` must have shape {entry.shape} here as in the plan, "
-            f"got {tuple(w.shape)}. Make the plan from this tree."
-        )
-    w = _checks.check_matrix(w, entry.path)
-    _checks.check_finite(w, entry.path)
-    rule = entry.rule
-    key = fold_path(key, entry.path)
-    base, (u, v) = INITIALIZATIONS[rule.init](w, rule.rank, rule.scale, key)
-    base = base if rule.residual else None
-    scale = jnp.asarray(rule.scale, u.dtype)
-    return AdaptedWeight(base, u, v, scale, rule.part, rule.columns, w.dtype)
 
 
 def _is_trained(also_train, path, leaf):
@@ -261,14 +260,17 @@ def _is_trained(also_train, path, leaf):
 def _take_trainable(trained, leaf):
     if not is_adapted(leaf):
         return leaf if trained else None
-    u = leaf.u if "u" in leaf.part else None
-    v = leaf.v[..., _first_trained_column(leaf) :] if "v" in leaf.part else None
-    return dataclasses.replace(leaf, base=None, u=u, v=v, scale=None)
+    u, v, core = leaf.u, leaf.v[..., _first_trained_column(leaf) :], leaf.core
+    taken = {"u": {"u": u}, "v": {"v": v}, "uv": {"u": u, "v": v}}.get(leaf.part, {"core": core})
+    nothing = dict.fromkeys(("base", "u", "v", "scale", "core"))
+    return dataclasses.replace(leaf, **nothing | taken)
 
 
 def _take_frozen(trained, leaf):
     if not is_adapted(leaf):
         return None if trained else leaf
+    if leaf.part in ("core", "s"):
+        return dataclasses.replace(leaf, core=None)
     u = None if "u" in leaf.part else leaf.u
     v = leaf.v
     if "v" in leaf.part:
@@ -285,12 +287,7 @@ def _join_leaf(trainable, frozen):
     if not is_adapted(frozen):
         return frozen if trainable is None else trainable
     u = frozen.u if trainable.u is None else trainable.u
+    core = frozen.core if trainable.core is None else trainable.core
     halves = [v for v in (frozen.v, trainable.v) if v is not None]
     v = halves[0] if len(halves) == 1 else jnp.concatenate(halves, axis=-1)
-    return dataclasses.replace(frozen, u=u, v=v)
-
-
-def _merge_leaf(leaf):
-    if not is_adapted(leaf):
-        return leaf
-    return reconstruct(leaf.factors, leaf.base, scale=leaf.scale, dtype=leaf.dtype)
+    return dataclasses.replace(frozen, u=u, v=v, core=core)

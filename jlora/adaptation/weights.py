@@ -1,4 +1,7 @@
-"""The leaves of a tree of weights, by path."""
+"""The leaves of a tree of weights: by path, and as matrices."""
+
+import math
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +24,72 @@ def format_path(path):
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def why_not_a_matrix(leaf):
+def fold_path(key, path):
+    """Return a key of this path's own: by its name, so that other paths change nothing."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def why_not_a_matrix(leaf, layout="io"):
     """Return why a leaf cannot be factorised, or None if it can."""
     if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
         return f"is a {type(leaf).__name__}, not an array"
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return f"has dtype {leaf.dtype}, not a real floating one"
-    if len(leaf.shape) < 2:
-        return f"has shape {tuple(leaf.shape)}, fewer than two axes"
-    if 0 in leaf.shape:
-        return f"has shape {tuple(leaf.shape)}, no elements"
+    shape = tuple(leaf.shape)
+    if len(shape) < len(layout):
+        number = {2: "two", 3: "three", 4: "four", 5: "five"}.get(len(layout), len(layout))
+        named = "" if layout == "io" else f" (layout {layout!r})"
+        return f"has shape {shape}, fewer than {number} axes{named}"
+    if 0 in shape:
+        return f"has shape {shape}, no elements"
     return None
+
+
+# A layout names each axis of an array as it is stored: "b" batch, "i" input, "o" output. Axes
+# before the ones it names are batch axes.
+
+
+def complete_layout(layout, ndim):
+    """Return the layout with a letter for each of `ndim` axes."""
+    return "b" * (ndim - len(layout)) + layout
+
+
+def split_shape(shape, layout):
+    """Return the sizes of the batch, input and output axes of an array of `shape`."""
+    layout = complete_layout(layout, len(shape))
+    return tuple(
+        tuple(size for size, letter in zip(shape, layout, strict=True) if letter == kind)
+        for kind in "bio"
+    )
+
+
+def matrix_shape(shape, layout):
+    """Return [..., m, n], the shape of the matrix view of an array of `shape`."""
+    batch, inputs, outputs = split_shape(shape, layout)
+    return (*batch, math.prod(inputs), math.prod(outputs))
+
+
+def view_matrix(array, layout):
+    """Return the array as [..., m, n]: batch axes, all inputs as one, all outputs as one."""
+    order = _order_axes(layout, array.ndim)
+    if order != tuple(range(array.ndim)):
+        array = array.transpose(order)
+    return array.reshape(matrix_shape(array.shape, _sort_layout(layout, array.ndim)))
+
+
+def restore_layout(matrix, layout, shape):
+    """Return the array of `shape` whose matrix view is `matrix`."""
+    order = _order_axes(layout, len(shape))
+    array = matrix.reshape(tuple(shape[axis] for axis in order))
+    if order == tuple(range(len(shape))):
+        return array
+    return array.transpose(tuple(order.index(axis) for axis in range(len(shape))))
+
+
+def _order_axes(layout, ndim):
+    layout = complete_layout(layout, ndim)
+    return tuple(axis for kind in "bio" for axis in range(ndim) if layout[axis] == kind)
+
+
+def _sort_layout(layout, ndim):
+    return "".join(sorted(complete_layout(layout, ndim), key="bio".index))

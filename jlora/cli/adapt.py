@@ -10,8 +10,9 @@ import optax
 
 from jlora import _checks
 from jlora._numerics import frobenius_norm, to_compute
-from jlora.adaptation.plan import Rule
-from jlora.adaptation.tree import AdaptedWeight, fold_path, linear, merge
+from jlora.adaptation.rules import Rule
+from jlora.adaptation.tree import AdaptedWeight, linear, merge
+from jlora.adaptation.weights import fold_path
 from jlora.checkpoints.arrays import check_count, check_suffix, load_arrays, save_arrays
 from jlora.cli.targets import add_targets, check_targets, plan_targets
 from jlora.factorization.svd import randomized_svd

@@ -10,8 +10,8 @@ import numpy as np
 
 from jlora import _checks
 from jlora._numerics import frobenius_norm, to_compute
-from jlora.adaptation.plan import Rule
-from jlora.adaptation.tree import fold_path
+from jlora.adaptation.rules import Rule
+from jlora.adaptation.weights import fold_path
 from jlora.checkpoints.arrays import load_arrays
 from jlora.checkpoints.files import replace_file
 from jlora.cli.targets import add_targets, check_targets, plan_targets

@@ -9,8 +9,10 @@ import jax
 import numpy as np
 import optax
 
-from jlora.adaptation.plan import Rule, make_plan
-from jlora.adaptation.tree import adapt, merge
+from jlora.adaptation.batching import adapt
+from jlora.adaptation.plan import make_plan
+from jlora.adaptation.rules import Rule
+from jlora.adaptation.tree import merge
 from jlora.adaptation.weights import list_leaves, map_leaves
 from jlora.checkpoints.arrays import load_arrays, save_arrays
 from jlora.demo.corpus import DOMAIN, GENERAL, cut_batches, read_corpus, sample_batches
