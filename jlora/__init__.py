@@ -10,7 +10,7 @@ import jax as _jax  # noqa: F401
 import optax as _optax  # noqa: F401
 
 from jlora.adaptation.batching import adapt
-from jlora.adaptation.lifting import on_merged
+from jlora.adaptation.lifting import lift, on_merged
 from jlora.adaptation.plan import Plan, PlanEntry, make_plan
 from jlora.adaptation.quantization import quantize_int8, quantize_nf4
 from jlora.adaptation.ranks import RankBudget, RankRule
@@ -64,7 +64,7 @@ __all__ = [  # noqa: RUF022 (in the order of the rooms)
     "which_implementation",
     "Rule", "RankRule", "RankBudget", "Plan", "PlanEntry", "make_plan",
     "quantize_int8", "quantize_nf4",
-    "AdaptedWeight", "adapt", "split_trainable", "join", "merge", "linear", "on_merged",
+    "AdaptedWeight", "adapt", "split_trainable", "join", "merge", "linear", "lift", "on_merged",
     "fit", "FitResult", "TrainState", "init_train", "train_step",
     "evaluate_loss", "measure_cost", "TrainingCost",
     "load_arrays", "save_arrays",
