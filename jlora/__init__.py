@@ -9,7 +9,9 @@ together again, A' = U V.
 import jax as _jax  # noqa: F401
 import optax as _optax  # noqa: F401
 
+from jlora.adaptation.adapters import mutated_to_delta, swap_factors, take_factors
 from jlora.adaptation.batching import adapt
+from jlora.adaptation.diagnostics import Diagnosis, diagnose
 from jlora.adaptation.lifting import lift, on_merged
 from jlora.adaptation.plan import Plan, PlanEntry, make_plan
 from jlora.adaptation.quantization import quantize_int8, quantize_nf4
@@ -65,6 +67,7 @@ __all__ = [  # noqa: RUF022 (in the order of the rooms)
     "Rule", "RankRule", "RankBudget", "Plan", "PlanEntry", "make_plan",
     "quantize_int8", "quantize_nf4",
     "AdaptedWeight", "adapt", "split_trainable", "join", "merge", "linear", "lift", "on_merged",
+    "take_factors", "swap_factors", "mutated_to_delta", "diagnose", "Diagnosis",
     "fit", "FitResult", "TrainState", "init_train", "train_step",
     "evaluate_loss", "measure_cost", "TrainingCost",
     "load_arrays", "save_arrays",
