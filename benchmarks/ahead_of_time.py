@@ -21,6 +21,7 @@ from jax.sharding import SingleDeviceSharding
 
 import jlora
 from benchmarks.environment import ROOT, why_missing
+from jlora.adaptation.programs import How, start_all
 
 TARGETS = {"H200": "cuda", "TPU v5e": "tpu"}
 _PLUGINS = {"cuda": ("jax_plugins", "jax_cuda13_plugin"), "tpu": ("libtpu",)}
@@ -69,6 +70,37 @@ def make_many_program(dtype, tokens, adapters=64, size=4096, rank=16):
     ))  # fmt: skip
 
 
+def make_adapt_program(dtype, matrices=2, size=4096, rank=16):
+    """Return the `Program` of a chunk of weights that become base, u and v."""
+    how = How("pissa", rank, None, 1, "io", True)
+
+    def start(*weights):
+        keys = tuple(jax.random.split(jax.random.key(0), matrices))
+        scales = (jnp.ones((), jnp.float32),) * matrices
+        return start_all(weights, scales, keys, (None,) * matrices, how=how)
+
+    return Program(start, (((size, size), dtype),) * matrices, tuple(range(matrices)))
+
+
+def make_lifted_program(dtype, tokens=256, layers=4, size=4096, rank=16):
+    """Return the `Program` of the gradient through a scan over a stack of lifted layers."""
+
+    def run(weights, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0].sum()
+
+    def differentiate(x, w, u, v):
+        def lose(u, v):
+            weight = jlora.AdaptedWeight(w, u, v, jnp.ones((), u.dtype), "uv", None, w.dtype)
+            return jlora.lift(run)(weight, x)
+
+        return jax.grad(lose, (0, 1))(u, v)
+
+    return Program(differentiate, (
+        ((tokens, size), dtype), ((layers, size, size), dtype), ((layers, size, rank), "float32"),
+        ((layers, rank, size), "float32"),
+    ))  # fmt: skip
+
+
 PROGRAMS = {
     "randomized_svd float32": lambda: make_svd_program("float32"),
     "randomized_svd bfloat16": lambda: make_svd_program("bfloat16"),
@@ -77,6 +109,8 @@ PROGRAMS = {
     "reconstruct bfloat16, rank 16, stochastic": lambda: make_merge_program(
         "bfloat16", 16, rounding="stochastic"),
     "apply_many bfloat16, 16 tokens": lambda: make_many_program("bfloat16", 16),
+    "adapt bfloat16, two weights": lambda: make_adapt_program("bfloat16"),
+    "lift bfloat16, scan over four layers": lambda: make_lifted_program("bfloat16"),
     "apply_many bfloat16, 4096 tokens": lambda: make_many_program("bfloat16", 4096),
 }  # fmt: skip
 

@@ -248,6 +248,9 @@ def _adaptation_bars():
                 lambda found, key=key: _first_error(found, (*key, "jlora adapt"))),
             Bar(6, f"whole model, rank {rank}, resident memory above the weights, GiB", 1.5,
                 lambda found, key=key: _error(found, (*key, "jlora adapt"), "extra GiB")),
+            *(Bar(6, f"whole model, rank {rank}, {kind}", 0,
+                  lambda found, key=key, kind=kind: _error(found, (*key, "jlora adapt"), kind))
+              for kind in ("weights changed by repeating", "weights changed by another layer")),
         ]  # fmt: skip
     step = ("adaptation", "lifted training step", "Llama-shaped, hidden 2048, 2 layers, 256 tokens")
     for peer, bound in (("hand-written apply_factors", 1.05), ("qwix", 1.0), ("flax nnx", 1.0)):

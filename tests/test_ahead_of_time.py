@@ -29,3 +29,24 @@ def test_a_batch_compiled_for_an_accelerator(target, dtype):
     # Less than a copy of the matrix; what eigh needs on a TPU is more than one in 16 bits.
     assert found["temporary_bytes"] < layers * m * n * (2 if target == "H200" else 4)
     assert set(found["calls"]) <= BATCHED[target]
+
+
+@pytest.mark.parametrize("target", [*BATCHED])
+def test_weights_give_their_memory_to_their_bases(target):
+    if reason := why_not(target):
+        pytest.skip(reason)
+    found = compile_elsewhere(target, "adapt bfloat16, two weights")
+    chunk = 2 * 4096 * 4096 * 2
+    assert found["alias_bytes"] == chunk
+    # The stack, and at most as much again to work in.
+    assert found["temporary_bytes"] < 2.1 * chunk
+    assert set(found["calls"]) <= BATCHED[target]
+
+
+@pytest.mark.parametrize("target", [*BATCHED])
+def test_a_lifted_scan_makes_no_delta(target):
+    if reason := why_not(target):
+        pytest.skip(reason)
+    found = compile_elsewhere(target, "lift bfloat16, scan over four layers")
+    # The four deltas in float32 would be 256 MiB, and one of them 64.
+    assert found["temporary_bytes"] < 64 * 2**20

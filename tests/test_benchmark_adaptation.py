@@ -10,7 +10,13 @@ from benchmarks.harness import Level, measure_group
 from benchmarks.limits import Limits
 from benchmarks.models.minilm import find_minilm
 from benchmarks.records import check_record
-from benchmarks.suites import adaptation, adapted_layers, encoder_steps, whole_models
+from benchmarks.suites import (
+    adaptation,
+    adapted_layers,
+    encoder_steps,
+    lifted_steps,
+    whole_models,
+)
 
 # One run of each: what is tested is that it runs, and how exact it is.
 ONCE = Level("quick", 1, 0.1)
@@ -75,9 +81,11 @@ def test_a_deep_model_is_adapted_in_turns():
 
 
 def test_whole_models_are_initialised_near_the_optimum():
-    group = whole_models.make_model_group(64, 1, 4, "float32", is_full=True)
+    group = whole_models.make_model_group(64, 2, 4, "float32", is_full=True)
     found = measure(group)
     assert {"jlora adapt", "jlora adapt, stacked"} <= set(found)
+    kinds = ("weights changed by repeating", "weights changed by another layer")
+    assert [found["jlora adapt"][kind] for kind in kinds] == [0, 0]
     for name, errors in found.items():
         assert next(iter(errors)) == "excess error"
         # What randomized_svd promises at its defaults; peft's sketches of no more columns than
@@ -101,6 +109,20 @@ def test_layers_err_like_one_product(standard_promotion):
     for errors in found.values():
         # Sums of 96 terms in float32 err by about 5 eps of 1.2e-7.
         assert errors["relative error"] < 2e-6
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # qwix calls what flax gives up
+def test_lifted_steps_agree_with_those_of_the_peers(standard_promotion):
+    found = measure(lifted_steps.make_lifted_group(64, 1, 16, 4))
+    assert {"jlora lift", "hand-written apply_factors"} <= set(found)
+    expected = found["hand-written apply_factors"]
+    assert expected["loss after a step"] < 1
+    for errors in found.values():
+        # A mean of a thousand squares in float32.
+        assert errors["loss difference"] < 1e-6
+        # Adam's first step is one of fixed size in each number: signs of gradients near zero may
+        # differ.
+        assert abs(errors["loss after a step"] / expected["loss after a step"] - 1) < 1e-4
 
 
 def test_training_steps_start_from_the_loss_of_the_plain_weights(standard_promotion):

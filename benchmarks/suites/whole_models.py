@@ -33,13 +33,13 @@ def make_model_group(hidden, layers, rank, dtype, *, is_full):
     """Return the group of the PiSSA initialisation of all weights of a Llama-shaped model."""
     contenders = [
         Contender("jlora adapt", functools.partial(_prepare_adapt, rank), "jlora",
-                  _describe_turns("one weight after the other, eagerly; defaults", layers)),
+                  _describe_turns("all weights of the tree in one call; defaults", layers)),
         *(_make_peft(init, rank, layers) for init in ("pissa_niter_4", "pissa_niter_16")),
     ]  # fmt: skip
     if is_full:
         contenders.append(Contender(
             "jlora adapt, stacked", functools.partial(_prepare_stacked, rank), "jlora",
-            _describe_turns("the weights of one name as a batch; defaults", layers),
+            _describe_turns("the weights of one name as one stack; defaults", layers),
         ))  # fmt: skip
     if is_full and hidden <= _LARGEST_EXACT:
         contenders.append(_make_peft("pissa", rank, layers))
@@ -133,7 +133,8 @@ def _describe_turns(setting, layers):
 def _prepare_adapt(rank, model, *, cold=False):
     params = model.in_jax
     plan = jlora.make_plan(params, jlora.Rule("layers", rank))
-    return _prepare_turns(params, plan, model.turns, _read_factors, cold)
+    judge = None if cold else _judge_tree
+    return _prepare_turns(params, plan, model.turns, _read_factors, judge)
 
 
 def _prepare_stacked(rank, model):
@@ -152,16 +153,19 @@ def _prepare_stacked(rank, model):
             for layer in range(layers)
         }
 
-    return _prepare_turns(params, plan, model.turns, read, False)
+    return _prepare_turns(params, plan, model.turns, read, _measure_both_memories)
 
 
-def _prepare_turns(params, plan, turns, read, cold):
-    """Prepare `adapt` of a whole tree, the result of each turn dropped before the next."""
-    if not cold:
+def _prepare_turns(params, plan, turns, read, judge):
+    """Prepare `adapt` of a whole tree, the result of each turn dropped before the next.
+
+    judge(params, plan) gives what else is recorded; None: compile anew in each run.
+    """
+    if judge is not None:
         _compile_shapes(params, plan)
 
     def run():
-        if cold:
+        if judge is None:
             jax.clear_caches()
         adapted = None
         for turn in range(turns):
@@ -170,8 +174,10 @@ def _prepare_turns(params, plan, turns, read, cold):
         return adapted
 
     def fetch(adapted):
-        # A run of its own: what is measured about memory would cost the timed ones time.
-        return fetch_jax(read(adapted)), {} if cold else _measure_memory(run)
+        factors = fetch_jax(read(adapted))
+        del adapted
+        # Runs of their own: what is measured about memory would cost the timed ones time.
+        return factors, {} if judge is None else judge(params, plan)
 
     return Prepared(run, fetch)
 
@@ -191,22 +197,60 @@ def _read_factors(adapted):
     return {path: (weight.u, weight.v) for path, weight in adapted.items()}
 
 
+def _judge_tree(params, plan):
+    """Return the memory needed, and how many weights depend on more than themselves."""
+    one, again = (jlora.adapt(params, plan, key=jax.random.key(0)) for _ in range(2))
+    repeated = sum(_differs(one[path], again[path]) for path in one)
+    del again
+    entries = tuple(entry for entry in plan.entries if not entry.path.startswith("layers/0/"))
+    fewer = {entry.path: params[entry.path] for entry in entries}
+    alone = jlora.adapt(fewer, jlora.Plan(entries), key=jax.random.key(0))
+    influenced = sum(_differs(one[path], alone[path]) for path in alone)
+    del one, alone
+    return {**_measure_both_memories(params, plan), "weights changed by repeating": repeated,
+            "weights changed by another layer": influenced}  # fmt: skip
+
+
+def _differs(one, other):
+    """Say whether two adapted weights differ in a bit."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return not all(bool(jnp.array_equal(a, b)) for a, b in pairs)
+
+
+def _measure_both_memories(params, plan):
+    """Return the memory above the weights that they need: giving way, as peft's do, and kept."""
+    key = jax.random.key(0)
+
+    def give_way(copies):
+        return jlora.adapt(copies, plan, key=key, donate=True)
+
+    def copy_weights():
+        return jax.block_until_ready(jax.tree.map(jnp.copy, params))
+
+    give_way(copy_weights())  # compiled before it is measured
+    given = _measure_memory(functools.partial(give_way, copy_weights()))
+    kept = _measure_memory(lambda: jlora.adapt(params, plan, key=key))
+    return {"extra GiB": given, "extra GiB, weights kept": kept} if kept is not None else {}
+
+
 def _measure_memory(run):
     """Return the most resident memory that a run needs above what there was, its result included.
 
-    Nothing is returned off Linux, and on a device, whose memory is not the process's.
+    None off Linux, and on a device, whose memory is not the process's.
     """
     if jax.default_backend() != "cpu":
-        return {}
+        return None
     try:
         # What others freed goes back to the system first, or it would hide as much of ours.
         ctypes.CDLL(None).malloc_trim(0)
         pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is set to the present
         before = _read_memory("VmRSS")
     except (OSError, AttributeError):
-        return {}
-    run()
-    return {"extra GiB": (_read_memory("VmHWM") - before) / 2**30}
+        return None
+    result = jax.block_until_ready(run())
+    peak = _read_memory("VmHWM")
+    del result
+    return (peak - before) / 2**30
 
 
 def _read_memory(field):
