@@ -87,6 +87,14 @@ def odd_sine(x):
 odd_sine.defvjp(lambda x: (odd_sine(x), x), lambda x, g: (7 * g[0] * jnp.cos(x) + g[1],))
 
 
+@jax.custom_jvp
+def odd_twice(x):
+    return 2 * odd_sine(x)[0]
+
+
+odd_twice.defjvp(lambda x, t: (odd_twice(*x), 3 * t[0]))
+
+
 def scan(step, stack, **settings):
     return jax.lax.scan(lambda c, w: (jnp.tanh(step(c, w)), jnp.sum(c)), X, stack, **settings)
 
@@ -133,6 +141,7 @@ CASES = {
     "custom_jvp": lambda w: jax.nn.relu(X @ w), "custom_vjp": lambda w: odd_sine(X @ w),
     "custom_vjp in jit, remat": lambda w: jax.jit(jax.checkpoint(lambda w: odd_sine(X @ w)))(w),
     "custom_vjp apart": lambda w: (jax.jit(odd_sine)(X @ w), jax.lax.map(odd_sine, X @ w)),
+    "custom_vjp in custom_jvp": lambda w: odd_twice(X @ w),
     "custom_vjp in scan": lambda stack: scan(lambda c, w: odd_sine(c @ w)[0], stack),
     "custom_vjp in vmap, cond": lambda square: jax.vmap(lambda row: jax.lax.cond(
         X[0, 0] > 0, lambda: odd_sine(row @ square)[0], lambda: row))(X),

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import quax
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive, Var, jaxpr_as_fun
-from jax.extend.core.primitives import custom_vjp_call_p, remat_p
+from jax.extend.core.primitives import custom_jvp_call_p, custom_vjp_call_p, remat_p
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import ArrayLike
 
 from jlora.adaptation.lifted.weight import LiftedWeight, form, replace
 
-# Stands for a call with a derivative of the user's own, which quax does not know. Under quax it
-# runs as it is on plain arrays; elsewhere it is that call in every respect.
+# Stands for a call with a derivative of the user's own that quax does not know. Under quax it runs
+# as it is on plain arrays; elsewhere it is that call in every respect.
 opaque_p = Primitive("custom_vjp_call")
 opaque_p.multiple_results = True
 
@@ -65,6 +65,8 @@ def _shield_equation(equation, jaxpr):
     changed = {name: _shield_value(value) for name, value in equation.params.items()}
     if all(changed[name] is value for name, value in equation.params.items()):
         return equation
+    if equation.primitive is custom_jvp_call_p:  # its rule, which is no program yet, calls it too
+        return _hide_equation(equation, jaxpr)
     return equation.replace(params=changed)
 
 
