@@ -3,6 +3,9 @@ import os
 # LAPACK's threads fight those of XLA: small decompositions get 10 to 100 times slower.
 # Read when LAPACK is loaded, so it has to be set before JAX is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Most of a test is compiling: without the optimisations of LLVM it takes two thirds of the time.
+# XLA's own passes run. XLA_FLAGS="" pytest tests what users get; .ci/run does that in its last run.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import pytest

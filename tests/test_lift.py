@@ -16,7 +16,6 @@ from jlora.adaptation.weights import matrix_shape
 
 # Sums of at most a hundred products of float32 numbers, taken in two orders: some 1e-6.
 CLOSE = 1e-5
-FAST_COMPILE = {"xla_backend_optimization_level": 0}  # compiling is what takes the time here
 WEIGHTS = {
     "w": ("io", (6, 5)), "turned": ("oi", (5, 6)), "square": ("io", (6, 6)),
     "other": ("io", (6, 6)), "heads": ("ioo", (6, 2, 4)), "joined": ("iio", (2, 4, 6)),
@@ -66,7 +65,7 @@ def differentiate(way, fn, adapted):
         result = fn(**params)
         return sum(jnp.sum(jnp.cos(leaf)) for leaf in jax.tree.leaves(result)), result
 
-    gradient = jax.jit(jax.grad(way(loss), has_aux=True), compiler_options=FAST_COMPILE)
+    gradient = jax.jit(jax.grad(way(loss), has_aux=True))
     with jax.default_matmul_precision("highest"):
         gradients, result = gradient(adapted)
     # The scale's is one sum over everything, which cancels: it has no largest entry.

@@ -36,7 +36,7 @@ def lift(fn, *, materialize=False):
         ValueError: an operation that needs the whole weight (with the path and its name); when it
             is called.
 
-    Cost: of fn, and 2 t r (m + n) flops for each product of t rows. No m×n array is made.
+    Cost: of fn, and 2 t r (m + n) flops for each product of t rows. The delta itself is not made.
 
     Accuracy: as `apply_factors`; products keep the precision that fn asks for.
 
