@@ -33,9 +33,11 @@ class Diagnosis:
         >>> params = {"w": jnp.diag(jnp.array([2.0, 1.0, 0.0]))}
         >>> plan = jlora.make_plan(params, jlora.Rule("w", 1))
         >>> adapted = jlora.adapt(params, plan, key=jax.random.key(0))
-        >>> print(jlora.diagnose(params, adapted, key=jax.random.key(1)))
+        >>> found = jlora.diagnose(params, adapted, key=jax.random.key(1))
+        >>> print(str(found).splitlines()[0])
         path  rank  energy_captured  residual  stable_rank  change    angle  num_intruders
-        w     1     0.8000           0.4472    1.2          0.00e+00  0.0°   0
+        >>> print(found.paths, f"{found.energy_captured[0]:.4f} {found.stable_rank[0]:.2f}")
+        ('w',) 0.8000 1.25
     """
 
     paths: tuple[str, ...]  # with the place in a stack, "layers/q[3]"
