@@ -4,7 +4,6 @@ import functools
 import importlib.util
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -72,9 +71,7 @@ def _require_quax():
 
 def _run_lifted(fn, args, kwargs, materialize):
     # Imported where it is used: importing jlora loads none of the extras.
-    import quax
-
-    from jlora.adaptation.lifted import LiftedWeight, form, shield_custom_derivatives
+    from jlora.adaptation.lifted import run_program
 
     # An Equinox module is a tree itself, and may be the function.
     leaves, structure = jax.tree_util.tree_flatten_with_path((fn, args, kwargs), is_leaf=is_adapted)
@@ -91,10 +88,7 @@ def _run_lifted(fn, args, kwargs, materialize):
     shapes = [_describe(plain[i]) for i in at]
     program, result = jax.make_jaxpr(call, return_shape=True)(*shapes)
     lifted = [_lift_leaf(*leaves[i], materialize) for i in at]
-    run = quax.quaxify(jax.extend.core.jaxpr_as_fun(shield_custom_derivatives(program)))
-    values = [form(value, "a result that is the weight itself")
-              if isinstance(value, LiftedWeight) else value for value in run(*lifted)]  # fmt: skip
-    return jax.tree.unflatten(jax.tree.structure(result), values)
+    return jax.tree.unflatten(jax.tree.structure(result), run_program(program, lifted))
 
 
 def _is_array(leaf):

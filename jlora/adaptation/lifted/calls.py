@@ -47,6 +47,12 @@ def run_opaque(*args: LiftedWeight | ArrayLike, call, results):
     return call(*args)
 
 
+def run_program(program, values):
+    """Return the results, plain arrays all, of a closed jaxpr for values, some of them weights."""
+    run = quax.quaxify(jaxpr_as_fun(shield_custom_derivatives(program)))
+    return [_form_if_lifted(value, "a result that is the weight itself") for value in run(*values)]
+
+
 def shield_custom_derivatives(program):
     """Return a closed jaxpr with its custom_vjp calls, inner ones too, made opaque to quax."""
     jaxpr = _shield(program.jaxpr)
