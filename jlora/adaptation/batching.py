@@ -20,7 +20,7 @@ from jlora._progress import Progress
 from jlora.adaptation.jobs import Matrix, Result, find_weights, make_job, make_weight
 from jlora.adaptation.plan import Plan, list_data
 from jlora.adaptation.programs import start_chunk, start_donated, start_matrix
-from jlora.adaptation.weights import map_leaves
+from jlora.adaptation.weights import invert, map_leaves
 
 # Numbers in a chunk that keep a device busy. A CPU is busy with one matrix, and stacking only
 # copies: 56 matrices of a model took 1.1 to 1.3 times as long in stacks of 8.
@@ -218,5 +218,5 @@ def _adapt_traced(job):
     *parts, _ = start(stack, scale, keys, data)
     base, *others = jax.tree.map(lambda a: a.reshape(*job.batch, *a.shape[1:]), parts)
     if base is not None:
-        base = base.transpose(tuple(order.index(axis) for axis in range(leaf.ndim)))
+        base = base.transpose(invert(order))
     return make_weight(job, leaf if base is None else base, *others)

@@ -112,6 +112,7 @@ class Initialization(NamedTuple):
     start: Callable  # (w, rank, scale, key, data) -> Start; loftq, qpissa also take two settings
     parts: tuple[str, ...]  # what can be trained, the default first: the rest has no gradient
     data: str | None = None  # what `data` holds for it
+    data_is_stored: bool = False  # whether `data` has the weight's own shape and layout
     decomposes: str = "w"  # whose singular values its rank is read from
     moves_base: bool = True  # whether it gives a base other than the weight
     sees_weight: bool = True  # whether its factors are made of the weight
@@ -133,18 +134,19 @@ INITIALIZATIONS = {
     "loftq": Initialization(informed.initialize_loftq, _ANY),
     "qpissa": Initialization(informed.initialize_qpissa, _ANY),
     "corda": Initialization(
-        informed.initialize_corda, _ANY, "second moments of the inputs, [..., m, m]", "weighted"
+        informed.initialize_corda, _ANY, "second moments of the inputs, [..., m, m]",
+        decomposes="weighted",
     ),
     "eva": Initialization(
-        informed.initialize_eva, _FROM_ZERO, "activations, [..., t, m]", "data",
+        informed.initialize_eva, _FROM_ZERO, "activations, [..., t, m]", decomposes="data",
         moves_base=False, sees_weight=False,
     ),
     "lora_ga": Initialization(
-        informed.initialize_lora_ga, _ANY, "the gradient, of the weight's shape", "data",
-        sees_weight=False,
+        informed.initialize_lora_ga, _ANY, "the gradient, of the weight's shape",
+        data_is_stored=True, decomposes="data", sees_weight=False,
     ),
     "difference": Initialization(
         informed.initialize_difference, _ANY, "the fine-tuned weight, of the weight's shape",
-        "difference", moves_base=False,
+        data_is_stored=True, decomposes="difference", moves_base=False,
     ),
 }  # fmt: skip

@@ -13,7 +13,7 @@ from jlora.adaptation.initialize import INITIALIZATIONS
 from jlora.adaptation.plan import PlanEntry, check_data
 from jlora.adaptation.programs import How
 from jlora.adaptation.tree import AdaptedWeight
-from jlora.adaptation.weights import complete_layout, fold_path, list_leaves, view_matrix
+from jlora.adaptation.weights import complete_layout, fold_path, list_axes, list_leaves, view_matrix
 
 
 class Job(NamedTuple):
@@ -114,12 +114,13 @@ def _check_leaf(leaf, entry):
 
 def make_job(entry, leaf, data, key, donate):
     rule, layout = entry.rule, complete_layout(entry.rule.layout, len(entry.shape))
-    moves_base = INITIALIZATIONS[rule.init].moves_base and rule.residual
+    kind = INITIALIZATIONS[rule.init]
+    moves_base = kind.moves_base and rule.residual
     how = How(rule.init, rule.rank, rule.quantize, rule.num_rounds, layout.replace("b", ""),
               moves_base)  # fmt: skip
-    batch_axes = tuple(axis for axis, letter in enumerate(layout) if letter == "b")
+    batch_axes = tuple(list_axes(layout, "b"))
     found = check_data(entry.path, rule, data, entry.shape)
-    if found is not None and rule.init in ("lora_ga", "difference"):
+    if kind.data_is_stored:
         found = view_matrix(found, layout)
     # A host's array stays as it is, and a base that stays the same is the caller's own array.
     donate = donate and isinstance(leaf, jax.Array) and moves_base

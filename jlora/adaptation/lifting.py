@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.adaptation.tree import is_adapted, merge
-from jlora.adaptation.weights import complete_layout, format_path
+from jlora.adaptation.weights import complete_layout, format_path, split_shape
 
 
 def lift(fn, *, materialize=False):
@@ -115,14 +115,12 @@ def _lift_leaf(path, leaf, materialize):
     if leaf.columns is not None and leaf.columns < v.shape[-1]:
         fixed, trained = v[..., : -leaf.columns], v[..., -leaf.columns :]
         v = jnp.concatenate([jax.lax.stop_gradient(fixed), trained], axis=-1)
-    letters = complete_layout(leaf.layout, leaf.ndim)
-    sizes = {kind: [size for size, letter in zip(leaf.shape, letters, strict=True)
-                    if letter == kind] for kind in "bio"}  # fmt: skip
+    batch, inputs, outputs = split_shape(leaf.shape, leaf.layout)
     rank = u.shape[-1]
     return LiftedWeight(
-        leaf.base, u.reshape(*sizes["b"], *sizes["i"], rank),
-        v.reshape(*sizes["b"], rank, *sizes["o"]), letters, _name_leaf(path),
-        np.dtype(leaf.dtype), materialize,
+        leaf.base, u.reshape(*batch, *inputs, rank), v.reshape(*batch, rank, *outputs),
+        complete_layout(leaf.layout, leaf.ndim), _name_leaf(path), np.dtype(leaf.dtype),
+        materialize,
     )  # fmt: skip
 
 

@@ -139,7 +139,8 @@ def make_plan(params, rules, *, data=None, key=None):
 
 def check_data(path, rule, data, shape):
     """Return what `data` holds for a weight, checked; None for initialisations without."""
-    wanted = INITIALIZATIONS[rule.init].data
+    kind = INITIALIZATIONS[rule.init]
+    wanted = kind.data
     if wanted is None:
         return None
     found = data.get(path)
@@ -150,7 +151,7 @@ def check_data(path, rule, data, shape):
         )
     found = _checks.check_floating(found, f"data[{path!r}]")
     *batch, m, _ = matrix_shape(shape, rule.layout)
-    if rule.init in ("lora_ga", "difference"):
+    if kind.data_is_stored:
         expected = tuple(shape)
     elif rule.init == "corda":
         expected = (*batch, m, m)

@@ -203,16 +203,15 @@ def _measure_spectra(candidate):
 
 def _list_decomposed(leaf, rule, data):
     """Return the matrices whose singular values count, [..., m, n] one by one."""
-    w, what = view_matrix(leaf, rule.layout), INITIALIZATIONS[rule.init].decomposes
+    w, kind = view_matrix(leaf, rule.layout), INITIALIZATIONS[rule.init]
     ws = w.reshape(-1, *w.shape[-2:])
-    if what == "w":
+    if kind.decomposes == "w":
         return ws
-    own_shape = rule.init in ("lora_ga", "difference")
-    data = view_matrix(data, rule.layout) if own_shape else data
+    data = view_matrix(data, rule.layout) if kind.data_is_stored else data
     datas = data.reshape(-1, *data.shape[-2:])
-    if what == "data":
+    if kind.decomposes == "data":
         return datas
-    if what == "difference":
+    if kind.decomposes == "difference":
         return [jnp.subtract(*to_compute(new, old)) for new, old in zip(datas, ws, strict=True)]
     return [matmul(*to_compute(square_root(jnp.asarray(c)), jnp.asarray(w)))
             for c, w in zip(datas, ws, strict=True)]  # fmt: skip

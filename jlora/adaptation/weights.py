@@ -54,13 +54,25 @@ def complete_layout(layout, ndim):
     return "b" * (ndim - len(layout)) + layout
 
 
+def list_axes(letters, kinds):
+    """Return the axes whose letter is one of `kinds`, in order."""
+    return [axis for axis, letter in enumerate(letters) if letter in kinds]
+
+
+def sort_axes(letters):
+    """Return all axes: batch axes, inputs, outputs."""
+    return tuple(axis for kind in "bio" for axis in list_axes(letters, kind))
+
+
+def invert(permutation):
+    """Return the permutation that undoes it."""
+    return tuple(sorted(range(len(permutation)), key=permutation.__getitem__))
+
+
 def split_shape(shape, layout):
     """Return the sizes of the batch, input and output axes of an array of `shape`."""
-    layout = complete_layout(layout, len(shape))
-    return tuple(
-        tuple(size for size, letter in zip(shape, layout, strict=True) if letter == kind)
-        for kind in "bio"
-    )
+    letters = complete_layout(layout, len(shape))
+    return tuple(tuple(shape[axis] for axis in list_axes(letters, kind)) for kind in "bio")
 
 
 def matrix_shape(shape, layout):
@@ -71,25 +83,17 @@ def matrix_shape(shape, layout):
 
 def view_matrix(array, layout):
     """Return the array as [..., m, n]: batch axes, all inputs as one, all outputs as one."""
-    order = _order_axes(layout, array.ndim)
+    shape = matrix_shape(array.shape, layout)
+    order = sort_axes(complete_layout(layout, array.ndim))
     if order != tuple(range(array.ndim)):
         array = array.transpose(order)
-    return array.reshape(matrix_shape(array.shape, _sort_layout(layout, array.ndim)))
+    return array.reshape(shape)
 
 
 def restore_layout(matrix, layout, shape):
     """Return the array of `shape` whose matrix view is `matrix`."""
-    order = _order_axes(layout, len(shape))
+    order = sort_axes(complete_layout(layout, len(shape)))
     array = matrix.reshape(tuple(shape[axis] for axis in order))
     if order == tuple(range(len(shape))):
         return array
-    return array.transpose(tuple(order.index(axis) for axis in range(len(shape))))
-
-
-def _order_axes(layout, ndim):
-    layout = complete_layout(layout, ndim)
-    return tuple(axis for kind in "bio" for axis in range(ndim) if layout[axis] == kind)
-
-
-def _sort_layout(layout, ndim):
-    return "".join(sorted(complete_layout(layout, ndim), key="bio".index))
+    return array.transpose(invert(order))

@@ -10,13 +10,13 @@ from jlora.adaptation.lifted.weight import (
     LiftedWeight,
     find_shape,
     form,
-    list_axes,
     locate,
     map_arrays,
     replace,
     reshape_weight,
     settle,
 )
+from jlora.adaptation.weights import list_axes
 
 
 @quax.register(lax.convert_element_type_p)
@@ -74,7 +74,7 @@ def slice_static(w: LiftedWeight, *, start_indices, limit_indices, strides):
         stride = 1 if strides is None else strides[axis]
         if (start_indices[axis], limit_indices[axis], stride) != (0, size, 1):
             cut = (start_indices[axis], limit_indices[axis], stride)
-            w = _map_axis(w, axis, lambda a, at, cut=cut: lax.slice_in_dim(a, *cut, axis=at))
+            w = _slice_axis(w, axis, *cut)
     return w
 
 
@@ -91,8 +91,7 @@ def slice_dynamic(w: LiftedWeight, *starts: ArrayLike, slice_sizes):
 def split(w: LiftedWeight, *, sizes, axis):
     parts, start = [], 0
     for size in map(int, sizes):
-        cut = (start, start + size)
-        parts.append(_map_axis(w, axis, lambda a, at, cut=cut: lax.slice_in_dim(a, *cut, axis=at)))
+        parts.append(_slice_axis(w, axis, start, start + size))
         start += size
     return parts
 
@@ -142,6 +141,10 @@ def _scale(w, factor):
     factor = jnp.reshape(jnp.asarray(factor), ())
     base = None if w.base is None else w.base * factor.astype(w.base.dtype)
     return replace(w, base=base, u=w.u * factor.astype(w.u.dtype))
+
+
+def _slice_axis(w, axis, *cut):
+    return _map_axis(w, axis, lambda array, at: lax.slice_in_dim(array, *cut, axis=at))
 
 
 def _map_axis(w, axis, cut):

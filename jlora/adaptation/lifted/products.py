@@ -13,12 +13,12 @@ from jlora.adaptation.lifted.weight import (
     LiftedWeight,
     find_shape,
     form,
-    list_axes,
     locate,
     replace,
     reshape_weight,
     settle,
 )
+from jlora.adaptation.weights import list_axes
 
 
 @quax.register(lax.dot_general_p)

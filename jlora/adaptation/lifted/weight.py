@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import quax
 
 from jlora._numerics import matmul
+from jlora.adaptation.weights import invert, list_axes, sort_axes
 
 
 class LiftedWeight(quax.ArrayValue):
@@ -77,20 +78,6 @@ def find_shape(weight):
         "o": iter(weight.v.shape[num_batch + 1 :]),
     }
     return tuple(next(sizes[letter]) for letter in weight.letters)
-
-
-def list_axes(letters, kinds):
-    """Return the axes whose letter is one of `kinds`, in order."""
-    return [axis for axis, letter in enumerate(letters) if letter in kinds]
-
-
-def sort_axes(letters):
-    """Return all axes: batch axes, inputs, outputs."""
-    return [axis for kind in "bio" for axis in list_axes(letters, kind)]
-
-
-def invert(permutation):
-    return tuple(sorted(range(len(permutation)), key=permutation.__getitem__))
 
 
 def locate(letters, axis):
