@@ -30,3 +30,14 @@ def forget_programs():
     """
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def minilm_params():
+    """The pretrained weights of MiniLM, where their package is installed."""
+    from benchmarks.models import minilm
+
+    try:
+        return jax.tree.map(jax.numpy.asarray, minilm.load_minilm())
+    except FileNotFoundError as error:
+        pytest.skip(str(error))

@@ -18,12 +18,16 @@ BATCHED = {
 }  # fmt: skip
 
 
+def compile_or_skip(target, program):
+    if reason := why_not(target):
+        pytest.skip(reason)
+    return compile_elsewhere(target, program)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("target", [*BATCHED])
 def test_a_batch_compiled_for_an_accelerator(target, dtype):
-    if reason := why_not(target):
-        pytest.skip(reason)
-    found = compile_elsewhere(target, f"randomized_svd {dtype}")
+    found = compile_or_skip(target, f"randomized_svd {dtype}")
     layers, m, n, width = 8, 4096, 4096, 64 * 9
     assert found["temporary_bytes"] <= 3 * layers * (m + n) * width * 4
     # Less than a copy of the matrix; what eigh needs on a TPU is more than one in 16 bits.
@@ -33,9 +37,7 @@ def test_a_batch_compiled_for_an_accelerator(target, dtype):
 
 @pytest.mark.parametrize("target", [*BATCHED])
 def test_weights_give_their_memory_to_their_bases(target):
-    if reason := why_not(target):
-        pytest.skip(reason)
-    found = compile_elsewhere(target, "adapt bfloat16, two weights")
+    found = compile_or_skip(target, "adapt bfloat16, two weights")
     chunk = 2 * 4096 * 4096 * 2
     assert found["alias_bytes"] == chunk
     # The stack, and at most as much again to work in.
@@ -45,8 +47,6 @@ def test_weights_give_their_memory_to_their_bases(target):
 
 @pytest.mark.parametrize("target", [*BATCHED])
 def test_a_lifted_scan_makes_no_delta(target):
-    if reason := why_not(target):
-        pytest.skip(reason)
-    found = compile_elsewhere(target, "lift bfloat16, scan over four layers")
+    found = compile_or_skip(target, "lift bfloat16, scan over four layers")
     # The four deltas in float32 would be 256 MiB, and one of them 64.
     assert found["temporary_bytes"] < 64 * 2**20

@@ -228,23 +228,15 @@ embed = jax.jit(minilm.embed_sentences)
 embed_lifted = jax.jit(jlora.lift(minilm.embed_sentences))
 
 
-@pytest.fixture(scope="module")
-def pretrained():
-    try:
-        return jax.tree.map(jnp.asarray, minilm.load_minilm())
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-
-
 @pytest.mark.parametrize(("init", "pattern"), STARTS)
-def test_pretrained_encoder_embeds_as_before(pretrained, init, pattern):
+def test_pretrained_encoder_embeds_as_before(minilm_params, init, pattern):
     rng = np.random.default_rng(1)
     x = rng.normal(size=(384, 384)).astype(np.float32)
     x = {"corda": x.T @ x, "eva": x[:8], "lora_ga": x}.get(init)
-    plan = jlora.make_plan(pretrained, jlora.Rule(pattern, 4, init=init))
+    plan = jlora.make_plan(minilm_params, jlora.Rule(pattern, 4, init=init))
     data = {entry.path: x for entry in plan.entries} if x is not None else None
-    adapted = jlora.adapt(pretrained, plan, key=jax.random.key(0), data=data)
+    adapted = jlora.adapt(minilm_params, plan, key=jax.random.key(0), data=data)
     batch = rng.integers(999, 30522, (2, 6), dtype=np.int32), np.ones((2, 6), np.int32)
-    found, plain = embed_lifted(adapted, *batch), embed(pretrained, *batch)
+    found, plain = embed_lifted(adapted, *batch), embed(minilm_params, *batch)
     # As in test_minilm: the entries are about 0.05, and a wrong factor changes them by as much.
     np.testing.assert_allclose(found, plain, rtol=0, atol=2e-6)

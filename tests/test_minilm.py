@@ -21,14 +21,6 @@ embed = jax.jit(minilm.embed_sentences)
 
 
 @pytest.fixture(scope="module")
-def params():
-    try:
-        return jax.tree.map(jnp.asarray, minilm.load_minilm())
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
 def batch():
     """Token ids with padding behind two of three sentences; no tokenizer is needed for them."""
     rng = np.random.default_rng(0)
@@ -37,7 +29,7 @@ def batch():
     return jnp.asarray(token_ids * mask), jnp.asarray(mask)
 
 
-def test_embeddings_are_those_of_transformers(params):
+def test_embeddings_are_those_of_transformers(minilm_params):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     folder = str(minilm.find_minilm())
@@ -50,48 +42,48 @@ def test_embeddings_are_those_of_transformers(params):
     mean = (states * weight).sum(1) / weight.sum(1)
     expected = torch.nn.functional.normalize(mean, dim=-1).numpy()
     token_ids, mask = (tokens[name].int().numpy() for name in ("input_ids", "attention_mask"))
-    found = embed(params, token_ids, mask)
+    found = embed(minilm_params, token_ids, mask)
     assert found.shape == (3, 384)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-def test_adapted_tree_embeds_like_the_plain_one(params, batch):
-    plan = jlora.make_plan(params, jlora.Rule(MATRICES, 8))
+def test_adapted_tree_embeds_like_the_plain_one(minilm_params, batch):
+    plan = jlora.make_plan(minilm_params, jlora.Rule(MATRICES, 8))
     assert len(plan.entries) == 6 * minilm.NUM_LAYERS
-    adapted = jlora.adapt(params, plan, key=jax.random.key(0))
-    plain = embed(params, *batch)
+    adapted = jlora.adapt(minilm_params, plan, key=jax.random.key(0))
+    plain = embed(minilm_params, *batch)
     found = embed(adapted, *batch)
     # base + u v has the weight's rounding, 6e-8 of its largest entries, in each of 36 matrices;
     # the entries of an embedding are about 384**-0.5 = 0.05. A wrong factor changes them by 0.05.
     np.testing.assert_allclose(found, plain, rtol=0, atol=2e-6)
 
 
-def test_embeddings_have_unit_length_and_ignore_padding(params, batch):
+def test_embeddings_have_unit_length_and_ignore_padding(minilm_params, batch):
     token_ids, mask = batch
-    found = embed(params, token_ids, mask)
+    found = embed(minilm_params, token_ids, mask)
     np.testing.assert_allclose(np.linalg.norm(found, axis=-1), 1, atol=1e-6)
     other = jnp.where(mask == 1, token_ids, 7)
-    changed = embed(params, other, mask)
+    changed = embed(minilm_params, other, mask)
     np.testing.assert_allclose(changed, found, rtol=0, atol=1e-6)
-    alone = embed(params, token_ids[2:, :3], mask[2:, :3])
+    alone = embed(minilm_params, token_ids[2:, :3], mask[2:, :3])
     np.testing.assert_allclose(alone, found[2:], rtol=0, atol=1e-6)
 
 
-def test_a_sentence_of_padding_alone_is_finite(params):
+def test_a_sentence_of_padding_alone_is_finite(minilm_params):
     nothing = jnp.zeros((1, 4), jnp.int32)
-    assert np.isfinite(embed(params, nothing, nothing)).all()
+    assert np.isfinite(embed(minilm_params, nothing, nothing)).all()
 
 
-def test_constants_are_those_of_the_configuration(params):
+def test_constants_are_those_of_the_configuration(minilm_params):
     config = json.loads((minilm.find_minilm() / "config.json").read_text())
     assert config["num_attention_heads"] == minilm.NUM_HEADS
-    assert config["num_hidden_layers"] == minilm.NUM_LAYERS == len(params["layers"])
+    assert config["num_hidden_layers"] == minilm.NUM_LAYERS == len(minilm_params["layers"])
     assert config["layer_norm_eps"] == minilm.EPSILON
     assert config["hidden_act"] == "gelu"
 
 
 @pytest.mark.parametrize("layer", ["attention", "mlp up", "mlp down"])
-def test_pretrained_matrices_have_the_shape_of_the_case(params, layer):
+def test_pretrained_matrices_have_the_shape_of_the_case(minilm_params, layer):
     stack = minilm.load_pretrained_matrices(layer)
     assert stack.shape == (6, *MODEL_SHAPES["minilm-l6"][layer])
     assert stack.dtype == np.float32

@@ -1,6 +1,5 @@
 """Groups of the adaptation suite: a step of training a Llama-shaped model's LoRA factors."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ import jlora
 from benchmarks.cases import Case, NamedCase
 from benchmarks.harness import Contender, Group
 from benchmarks.preparation import prepare_jax
+from benchmarks.suites.whole_models import list_layer_shapes
 
 SUITE = "adaptation"
 _HEAD_SIZE = 128
@@ -23,6 +23,7 @@ class Network(NamedTuple):
     weights: dict  # [m, n]
     factors: dict  # {path: (u [m, r], v [r, n])}
     batch: tuple  # (x, y) [tokens, hidden]
+    rank: int
     loss: float  # in float64
 
 
@@ -33,7 +34,7 @@ class Losses(NamedTuple):
     second: float
 
 
-def make_lifted_group(hidden, layers, tokens, rank, name=None):
+def make_lifted_group(hidden, layers, tokens, rank):
     """Return the group of one step of Adam on u and v of all linear layers."""
     contenders = (
         Contender("jlora lift", _prepare_lift, "jlora",
@@ -46,7 +47,7 @@ def make_lifted_group(hidden, layers, tokens, rank, name=None):
         Contender("flax nnx", _prepare_nnx, setting="nnx.LoRALinear without bias",
                   requires=("flax",)),
     )  # fmt: skip
-    name = name or f"Llama-shaped, hidden {hidden}, {layers} layers, {tokens} tokens"
+    name = f"Llama-shaped, hidden {hidden}, {layers} layers, {tokens} tokens"
     fields = Case("llama", "all", rank, "normal", layers=layers, tokens=tokens)
     return Group(
         SUITE, "lifted training step", NamedCase(name, (hidden, hidden), fields),
@@ -58,12 +59,9 @@ def make_lifted_group(hidden, layers, tokens, rank, name=None):
 def make_network(hidden, layers, tokens, rank):
     """Return a `Network` whose deltas are about as large as its weights."""
     rng = np.random.default_rng(0)
-    wide = hidden * 43 // 16  # 11008 for 4096
-    shapes = dict.fromkeys("qkvo", (hidden, hidden))
-    shapes |= {"gate": (hidden, wide), "up": (hidden, wide), "down": (wide, hidden)}
     weights, factors = {}, {}
     for layer in range(layers):
-        for kind, (m, n) in shapes.items():
+        for kind, (m, n) in list_layer_shapes(hidden).items():
             path = f"layers/{layer}/{kind}"
             weights[path] = _draw(rng, (m, n), m**-0.5)
             factors[path] = _draw(rng, (m, rank), m**-0.5), _draw(rng, (rank, n), rank**-0.5)
@@ -71,7 +69,7 @@ def make_network(hidden, layers, tokens, rank):
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (weights, factors, batch))
         loss = float(jax.jit(_hand_written_loss)(exact[1], exact[0], exact[2]))
-    return Network(weights, factors, batch, loss)
+    return Network(weights, factors, batch, rank, loss)
 
 
 def _draw(rng, shape, scale):
@@ -81,17 +79,16 @@ def _draw(rng, shape, scale):
 def run_network(x, layers, multiply):
     """Return the hidden states [t, d] after layers of multiply(path, x) and what is between."""
     for layer in range(layers):
-        product = functools.partial(_multiply_in, multiply, f"layers/{layer}/")
+
+        def product(kind, x, prefix=f"layers/{layer}/"):
+            return multiply(prefix + kind, x)
+
         normed = _normalize(x)
         q, k, v = (product(kind, normed) for kind in "qkv")
         x = x + product("o", _attend(q, k, v))
         normed = _normalize(x)
         x = x + product("down", jax.nn.silu(product("gate", normed)) * product("up", normed))
     return x
-
-
-def _multiply_in(multiply, prefix, kind, x):
-    return multiply(prefix + kind, x)
 
 
 def _normalize(x):
@@ -146,8 +143,8 @@ def _prepare_step(loss, trainable, frozen, batch):
 
 
 def _prepare_lift(network):
-    rank = next(iter(network.factors.values()))[0].shape[-1]
-    plan = jlora.make_plan(network.weights, jlora.Rule("layers", rank, init="lora", part="uv"))
+    rule = jlora.Rule("layers", network.rank, init="lora", part="uv")
+    plan = jlora.make_plan(network.weights, rule)
     adapted = jlora.adapt(network.weights, plan, key=jax.random.key(0))
     task = {path: jlora.Factors(*pair) for path, pair in network.factors.items()}
     trainable, frozen = jlora.split_trainable(jlora.swap_factors(adapted, task))
@@ -166,8 +163,8 @@ def _prepare_nnx(network):
     from flax import nnx
 
     def make_linear(path, rngs):
-        (m, n), rank = network.weights[path].shape, network.factors[path][0].shape[-1]
-        layer = nnx.LoRALinear(m, n, lora_rank=rank, use_bias=False, rngs=rngs)
+        shape = network.weights[path].shape
+        layer = nnx.LoRALinear(*shape, lora_rank=network.rank, use_bias=False, rngs=rngs)
         layer.kernel[...] = network.weights[path]
         layer.lora.lora_a[...], layer.lora.lora_b[...] = network.factors[path]
         return layer
@@ -179,11 +176,10 @@ def _prepare_qwix(network):
     import qwix
     from flax import nnx
 
-    rank = next(iter(network.factors.values()))[0].shape[-1]
     model = _make_module(network, lambda path, rngs: nnx.Linear(
         *network.weights[path].shape, use_bias=False, rngs=rngs
     ))  # fmt: skip
-    provider = qwix.LoraProvider(module_path=".*", rank=rank, alpha=float(rank))
+    provider = qwix.LoraProvider(module_path=".*", rank=network.rank, alpha=float(network.rank))
     model = qwix.apply_lora_to_model(model, provider, network.batch[0], rngs=nnx.Rngs(1))
     for path, layer in model.linears.items():
         layer.kernel[...] = network.weights[path]

@@ -86,19 +86,24 @@ def make_model(hidden, layers, dtype):
     columns permuted at random: another matrix, of other singular vectors and the same singular
     values, at the cost of a pass.
     """
-    wide = hidden * 43 // 16  # 11008 for 4096
-    shapes = {"q": (hidden, hidden), "gate": (hidden, wide), "down": (wide, hidden)}
+    shapes = list_layer_shapes(hidden)
     bases = {
-        name: make_matrix("spiked", *shape).astype(jnp.dtype(dtype))
-        for name, shape in shapes.items()
+        shape: make_matrix("spiked", *shape).astype(jnp.dtype(dtype))
+        for shape in dict.fromkeys(shapes.values())
     }
     rng = np.random.default_rng(0)
     arrays = {}
     for layer in range(min(layers, _LAYERS_AT_ONCE)):
-        for first, names in (("q", _SQUARE), ("gate", _UP), ("down", _DOWN)):
-            for name in names:
-                arrays[f"layers/{layer}/{name}"] = _vary(rng, bases[first])
+        for name, shape in shapes.items():
+            arrays[f"layers/{layer}/{name}"] = _vary(rng, bases[shape])
     return ModelWeights(arrays, -(-layers // _LAYERS_AT_ONCE))
+
+
+def list_layer_shapes(hidden):
+    """Return {name: (m, n)} of the weights of one layer."""
+    wide = hidden * 43 // 16  # 11008 for 4096
+    of_kind = (_SQUARE, (hidden, hidden)), (_UP, (hidden, wide)), (_DOWN, (wide, hidden))
+    return {name: shape for names, shape in of_kind for name in names}
 
 
 def _vary(rng, a):
