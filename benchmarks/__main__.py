@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before JAX; why: see tests/conftest.py
+os.environ.setdefault(
+    "OPENBLAS_NUM_THREADS", "1"
+)  # before JAX; why: see tests/conftest.py
 
 import argparse
 import pathlib
@@ -13,17 +15,23 @@ import time
 
 import jax
 
-from benchmarks.environment import (
+from benchmarks.report.statistics import find_error
+from benchmarks.run.environment import (
     RESULTS,
     count_threads,
     describe_environment,
     measure_load,
     name_device_folder,
 )
-from benchmarks.harness import FULL, QUICK, make_timed_record, measure_group, start_of_run
-from benchmarks.limits import measure_limits
-from benchmarks.records import append_records, read_newest, read_records
-from benchmarks.spread import find_error
+from benchmarks.run.harness import (
+    FULL,
+    QUICK,
+    make_timed_record,
+    measure_group,
+    start_of_run,
+)
+from benchmarks.run.limits import measure_limits
+from benchmarks.run.records import append_records, read_newest, read_records
 from benchmarks.suites import SUITES, list_suite
 from benchmarks.suites.package import make_whole_run
 
@@ -46,8 +54,10 @@ def run_suites(arguments):
     if arguments.list:
         for name in names:
             for group in _list_matching(name, level, platform, arguments.match):
-                print(f"{name}: {group.operation}, {group.case.name}, "
-                      f"{len(group.contenders)} contenders")  # fmt: skip
+                print(
+                    f"{name}: {group.operation}, {group.case.name}, "
+                    f"{len(group.contenders)} contenders"
+                )
         return 0
     path = pathlib.Path(arguments.out) if arguments.out else _name_output(level)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +85,7 @@ def run_suites(arguments):
 
 def write_reports(arguments):
     """Write the tables and plots of one kind of device, and the README's block if asked."""
-    from benchmarks.report import make_readme_block, update_readme, write_report
+    from benchmarks.report.tables import make_readme_block, update_readme, write_report
 
     folder = RESULTS / (arguments.device or name_device_folder())
     records = _read_device(folder)
@@ -89,7 +99,7 @@ def write_reports(arguments):
 
 def compare_files(arguments):
     """Compare two files of records; exit code 1 if one of jlora's got slower or less exact."""
-    from benchmarks.compare import compare_records, format_comparison
+    from benchmarks.report.compare import compare_records, format_comparison
 
     before, after = (read_records(path) for path in (arguments.before, arguments.after))
     rows, regressions = compare_records(before, after)
@@ -99,7 +109,7 @@ def compare_files(arguments):
 
 def print_bars(arguments):
     """Print every figure that was asked for, from the newest records of one kind of device."""
-    from benchmarks.bars import evaluate_bars
+    from benchmarks.report.targets import evaluate_bars
 
     folder = RESULTS / (arguments.device or name_device_folder())
     for line in evaluate_bars(_read_device(folder)):
@@ -117,21 +127,39 @@ def _build_parser():
         return subparser
 
     run = add_command("run", run_suites, "measure suites")
-    run.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; all")
+    run.add_argument(
+        "suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; all"
+    )
     level = run.add_mutually_exclusive_group()
-    level.add_argument("--quick", action="store_true", help="small cases, minutes (the default)")
-    level.add_argument("--full", action="store_true", help="real model shapes, up to an hour")
+    level.add_argument(
+        "--quick", action="store_true", help="small cases, minutes (the default)"
+    )
+    level.add_argument(
+        "--full", action="store_true", help="real model shapes, up to an hour"
+    )
     run.add_argument("--out", metavar="FILE", help="append the records here")
-    run.add_argument("--match", metavar="REGEX", help="only problems whose name it is found in")
-    run.add_argument("--list", action="store_true", help="only name what would be measured")
-    report = add_command("report", write_reports, "make tables and plots of the newest records")
-    report.add_argument("--readme", action="store_true", help="also write the README's block")
-    compare = add_command("compare", compare_files, "tell what changed between two records")
+    run.add_argument(
+        "--match", metavar="REGEX", help="only problems whose name it is found in"
+    )
+    run.add_argument(
+        "--list", action="store_true", help="only name what would be measured"
+    )
+    report = add_command(
+        "report", write_reports, "make tables and plots of the newest records"
+    )
+    report.add_argument(
+        "--readme", action="store_true", help="also write the README's block"
+    )
+    compare = add_command(
+        "compare", compare_files, "tell what changed between two records"
+    )
     compare.add_argument("before", metavar="A")
     compare.add_argument("after", metavar="B")
     bars = add_command("bars", print_bars, "print each figure against its bar")
     for subparser in (report, bars):
-        subparser.add_argument("--device", help="folder under benchmarks/results; this machine's")
+        subparser.add_argument(
+            "--device", help="folder under benchmarks/results; this machine's"
+        )
     return parser
 
 
@@ -140,7 +168,9 @@ def _list_matching(name, level, platform, pattern):
     if pattern is None:
         return groups
     return [
-        group for group in groups if re.search(pattern, f"{group.operation}, {group.case.name}")
+        group
+        for group in groups
+        if re.search(pattern, f"{group.operation}, {group.case.name}")
     ]
 
 
@@ -153,14 +183,18 @@ def _name_output(level):
 def _read_device(folder):
     records = read_newest(folder)
     if not records:
-        raise ValueError(f"{folder} must hold records, got none. Run `python -m benchmarks run`.")
+        raise ValueError(
+            f"{folder} must hold records, got none. Run `python -m benchmarks run`."
+        )
     return records
 
 
 def _warn_if_busy():
     load, threads = measure_load(), count_threads()
     if load > 0.5 * threads:
-        print(f"warning: the load average is {load} on {threads} threads; times will be noisy")
+        print(
+            f"warning: the load average is {load} on {threads} threads; times will be noisy"
+        )
 
 
 def _print_record(record):
@@ -173,8 +207,11 @@ def _print_record(record):
     floor = f"{median / record['floor_ms']:7.1f}× floor" if record["floor_ms"] else ""
     kind, value = find_error(record)
     error = "" if kind is None else f"{kind} {value:.2e}"
-    print(f"{name} {median:10.2f} ms ({min(times):.2f}..{max(times):.2f}) "
-          f"{floor}  {error}", flush=True)  # fmt: skip
+    print(
+        f"{name} {median:10.2f} ms ({min(times):.2f}..{max(times):.2f}) "
+        f"{floor}  {error}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -121,14 +121,20 @@ def check_pairs(factors):
     """Return [(u, v)] of a sequence of factors of products of one size."""
     pairs = [check_factors(pair, f"factors[{i}]") for i, pair in enumerate(factors)]
     if not pairs:
-        raise ValueError("`factors` must hold at least one pair, got none. Pass Factors(u, v).")
+        raise ValueError(
+            "`factors` must hold at least one pair, got none. Pass Factors(u, v)."
+        )
     (u, v), *others = pairs
     for i, (other_u, other_v) in enumerate(others, start=1):
         rank = other_u.shape[-1]
         expected = (*u.shape[:-1], rank)
-        check_shape(other_u.shape, expected, f"factors[{i}].u", "the rows of factors[0]")
+        check_shape(
+            other_u.shape, expected, f"factors[{i}].u", "the rows of factors[0]"
+        )
         expected = (*v.shape[:-2], rank, v.shape[-1])
-        check_shape(other_v.shape, expected, f"factors[{i}].v", "the columns of factors[0]")
+        check_shape(
+            other_v.shape, expected, f"factors[{i}].v", "the columns of factors[0]"
+        )
     return pairs
 
 
@@ -195,7 +201,9 @@ def _check_index_dtype(indices, name):
 
 def _check_indices(indices, num_columns, name):
     if indices.size == 0:
-        raise ValueError(f"`{name}` must name at least one column, got none. Leave it out instead.")
+        raise ValueError(
+            f"`{name}` must name at least one column, got none. Leave it out instead."
+        )
     outside = indices[(indices < -num_columns) | (indices >= num_columns)]
     if outside.size:
         raise ValueError(

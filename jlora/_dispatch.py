@@ -14,8 +14,12 @@ class Implementation(NamedTuple):
     """One way to compute a result; each way of an operation gives the same one."""
 
     name: str
-    why_not: Callable[..., str | None]  # of the arguments: why it cannot take them; None: it can
-    is_gain: Callable[..., bool]  # of (platform, *arguments): whether to prefer it to the next ones
+    why_not: Callable[
+        ..., str | None
+    ]  # of the arguments: why it cannot take them; None: it can
+    is_gain: Callable[
+        ..., bool
+    ]  # of (platform, *arguments): whether to prefer it to the next ones
     run: Callable
 
 
@@ -25,8 +29,10 @@ def run_first(implementations, name, arrays, *static):
     The platform is known when the program is lowered, not before: each gets its own choice,
     and the compiled program holds one.
     """
-    chosen = {platform: choose(implementations, name, platform, arrays, *static)
-              for platform in PLATFORMS}  # fmt: skip
+    chosen = {
+        platform: choose(implementations, name, platform, arrays, *static)
+        for platform in PLATFORMS
+    }
     default = choose(implementations, name, "other", arrays, *static)
 
     def bind(implementation):
@@ -34,7 +40,9 @@ def run_first(implementations, name, arrays, *static):
 
     if all(implementation is default for implementation in chosen.values()):
         return bind(default)(*arrays)
-    branches = {platform: bind(implementation) for platform, implementation in chosen.items()}
+    branches = {
+        platform: bind(implementation) for platform, implementation in chosen.items()
+    }
     return jax.lax.platform_dependent(*arrays, default=bind(default), **branches)
 
 
@@ -43,10 +51,11 @@ def choose(implementations, name, platform, arrays, *static):
     if name is not None:
         return find_named(implementations, name)
     return next(
-        implementation for implementation in implementations
+        implementation
+        for implementation in implementations
         if implementation.why_not(*arrays, *static) is None
         and implementation.is_gain(platform, *arrays, *static)
-    )  # fmt: skip
+    )
 
 
 def find_named(implementations, name):

@@ -77,3 +77,17 @@ def frobenius_norm(a):
     """Return the Frobenius norm of each matrix, without overflow at large scales."""
     scale = power_of_two_scale(a)
     return (jnp.linalg.norm(a / scale, axis=(-2, -1), keepdims=True) * scale)[..., 0, 0]
+
+
+@jax.custom_jvp
+def refuse_derivative(a):
+    """Return `a`; a derivative with respect to it is refused when it is asked for."""
+    return a
+
+
+@refuse_derivative.defjvp
+def _raise_refusal(primals, tangents):
+    raise TypeError(
+        "`a` must not be differentiated by a randomised method, got a derivative request. "
+        "Apply jax.lax.stop_gradient to it, or use low_rank_approximation or truncated_svd."
+    )

@@ -7,8 +7,16 @@ import time
 class Progress:
     """Reports steps of one job on stderr: a bar on a terminal, elsewhere lines unless quiet."""
 
-    def __init__(self, description, total=None, *, enabled=None, every=100, unit="steps",
-                 is_quiet=False):  # fmt: skip
+    def __init__(
+        self,
+        description,
+        total=None,
+        *,
+        enabled=None,
+        every=100,
+        unit="steps",
+        is_quiet=False,
+    ):
         self._stream = sys.stderr
         self._description = description
         self._total = total
@@ -26,7 +34,11 @@ class Progress:
             import tqdm
 
             self._bar = tqdm.tqdm(
-                total=total, desc=description, file=self._stream, leave=False, unit=f" {unit}"
+                total=total,
+                desc=description,
+                file=self._stream,
+                leave=False,
+                unit=f" {unit}",
             )
 
     def is_due(self, num_waiting):

@@ -44,7 +44,7 @@ class Factors(NamedTuple):
     v: jax.Array  # [..., r, n]
 
 
-def split_svd(svd, how="balanced"):
+def split_svd(svd, absorb="both"):
     """Return the Factors of an SVD, the singular values put on one side or on both.
 
     u diag(s) vt = (u diag(s)^p) (diag(s)^(1-p) vt), with p = 1/2, 1 or 0.
@@ -53,7 +53,7 @@ def split_svd(svd, how="balanced"):
 
     Args:
         svd: `SVD` of u [..., m, r], s [..., r], vt [..., r, n].
-        how: "balanced" (√s on each side), "left" (s on u) or "right" (s on v, which makes
+        absorb: "both" (√s on each side), "left" (s on u) or "right" (s on v, which makes
             v[:, j] the coordinates of column j in the orthonormal basis u).
 
     Returns:
@@ -61,7 +61,7 @@ def split_svd(svd, how="balanced"):
 
     Raises:
         TypeError: `svd` is not an SVD.
-        ValueError: `how` is none of the three, or the shapes do not fit together.
+        ValueError: `absorb` is none of the three, or the shapes do not fit together.
 
     Gradients: those of the products. "balanced" has an infinite derivative at s = 0.
 
@@ -71,11 +71,11 @@ def split_svd(svd, how="balanced"):
         >>> abs(jlora.split_svd(svd).v).round(3).tolist()
         [[2.0, 0.0]]
     """
-    _checks.check_choice(how, ("balanced", "left", "right"), "how")
+    _checks.check_choice(absorb, ("both", "balanced", "left", "right"), "absorb")
     u, s, vt = check_svd(svd)
-    if how == "left":
+    if absorb == "left":
         return Factors(u * s[..., None, :], vt)
-    if how == "right":
+    if absorb == "right":
         return Factors(u, s[..., :, None] * vt)
     root = jnp.sqrt(s)
     return Factors(u * root[..., None, :], root[..., :, None] * vt)
@@ -104,7 +104,7 @@ def fix_signs(svd):
     Example:
         >>> import jax.numpy as jnp, jlora
         >>> svd = jlora.truncated_svd(-jnp.diag(jnp.array([4.0, 1.0])), 2)
-        >>> jlora.fix_signs(svd).u.round(3).tolist()
+        >>> jlora.factors.fix_signs(svd).u.round(3).tolist()
         [[1.0, 0.0], [0.0, 1.0]]
     """
     u, s, vt = check_svd(svd)
@@ -140,3 +140,13 @@ def check_svd(svd, name="svd"):
             f"got {u.shape}, {s.shape} and {vt.shape}. Check that they belong together."
         )
     return u, s, vt
+
+
+def mask_nonfinite(svd, finite):
+    """Return the SVD with NaN for each matrix that is not `finite` [..., 1, 1]."""
+    nan = jnp.asarray(jnp.nan, svd.s.dtype)
+    return SVD(
+        jnp.where(finite, svd.u, nan),
+        jnp.where(finite[..., 0], svd.s, nan),
+        jnp.where(finite, svd.vt, nan),
+    )

@@ -15,7 +15,10 @@ def make_params(dtype=jnp.float32):
         return jax.random.normal(next(keys), shape, jnp.float32).astype(dtype)
 
     return {
-        "layers": [{"q": normal(12, 8), "bias": jnp.ones(8, dtype)}, {"q": normal(12, 8)}],
+        "layers": [
+            {"q": normal(12, 8), "bias": jnp.ones(8, dtype)},
+            {"q": normal(12, 8)},
+        ],
         "stack": normal(3, 10, 6),
         "counter": jnp.arange(3, dtype=jnp.int32),
     }
@@ -25,7 +28,9 @@ def adapt(params, *rules, key=KEY):
     return jlora.adapt(params, jlora.make_plan(params, rules), key=key)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__
+)
 @pytest.mark.parametrize("init", ["pissa", "lora", "milora", "olora", "orthogonal"])
 @pytest.mark.parametrize("scale", [1.0, 0.25, -2.0])
 def test_adapt_keeps_the_weights_and_merge_restores_them(dtype, init, scale):
@@ -47,7 +52,9 @@ def test_adapt_keeps_the_weights_and_merge_restores_them(dtype, init, scale):
 def test_milora_takes_the_last_triplets(scale):
     params = make_params()
     w = adapt(params, jlora.Rule("stack", 2, init="milora", scale=scale))["stack"]
-    u, s, vt = np.linalg.svd(np.asarray(params["stack"], np.float64), full_matrices=False)
+    u, s, vt = np.linalg.svd(
+        np.asarray(params["stack"], np.float64), full_matrices=False
+    )
     minor = (u * s[:, None])[..., -2:] @ vt[:, -2:]
     product = scale * np.asarray(w.u, np.float64) @ np.asarray(w.v, np.float64)
     np.testing.assert_allclose(product, minor, atol=1e-5)
@@ -61,7 +68,9 @@ def test_olora_takes_the_leading_part_of_a_qr():
     product = np.asarray(w.u, np.float64) @ np.asarray(w.v, np.float64)
     np.testing.assert_allclose(product, (q[..., :2] @ r[:, :2]).mT, atol=1e-5)
     np.testing.assert_allclose(w.v @ w.v.mT, np.tile(np.eye(2), (3, 1, 1)), atol=1e-5)
-    np.testing.assert_allclose(w.base, np.asarray(params["stack"]) - 0.5 * product, atol=1e-5)
+    np.testing.assert_allclose(
+        w.base, np.asarray(params["stack"]) - 0.5 * product, atol=1e-5
+    )
 
 
 def test_orthogonal_has_two_factors_and_no_product():
@@ -70,7 +79,10 @@ def test_orthogonal_has_two_factors_and_no_product():
     np.testing.assert_allclose(jnp.matmul(w.u, w.v, precision="highest"), 0, atol=1e-6)
     assert w.base is not None
     assert bool((w.base == params["stack"]).all())
-    for factor in (w.u, w.v.mT):  # Gaussian of variance 1/2 over a hundred, in each half
+    for factor in (
+        w.u,
+        w.v.mT,
+    ):  # Gaussian of variance 1/2 over a hundred, in each half
         size = float(jnp.mean(jnp.sum(factor**2, axis=-1)))
         assert 0.5 * 2 / 100 < size < 2 * 2 / 100
     assert not np.allclose(w.u[0], w.u[1])
@@ -89,10 +101,10 @@ def test_residual_dropped_is_the_best_approximation():
     ("rule", "shapes"),
     [
         (jlora.Rule("q", 3), [(3, 8), (3, 8)]),
-        (jlora.Rule("q", 3, part="u"), [(12, 3), (12, 3)]),
-        (jlora.Rule("q", 3, part="uv"), [(12, 3), (3, 8), (12, 3), (3, 8)]),
-        (jlora.Rule("q", 3, columns=2), [(3, 2), (3, 2)]),
-        (jlora.Rule("q", 3, columns=8), [(3, 8), (3, 8)]),
+        (jlora.Rule("q", 3, trainable="u"), [(12, 3), (12, 3)]),
+        (jlora.Rule("q", 3, trainable="uv"), [(12, 3), (3, 8), (12, 3), (3, 8)]),
+        (jlora.Rule("q", 3, num_columns=2), [(3, 2), (3, 2)]),
+        (jlora.Rule("q", 3, num_columns=8), [(3, 8), (3, 8)]),
     ],
 )
 def test_split_takes_the_part_and_join_is_its_inverse(rule, shapes):
@@ -174,17 +186,31 @@ def test_adapt_under_jit():
             ValueError,
             "`init` must be one of 'pissa', 'lora', 'milora', 'olora', 'ortho",
         ),
-        (("q", 2, {"part": "w"}), ValueError, "`part` must be one of 'v', 'u', 'uv'"),
-        (("q", 3, {"init": "orthogonal"}), ValueError, "`rank` must be even for init='orthogonal'"),
+        (
+            ("q", 2, {"trainable": "w"}),
+            ValueError,
+            "`trainable` must be one of 'v', 'u', 'uv'",
+        ),
+        (
+            ("q", 3, {"init": "orthogonal"}),
+            ValueError,
+            "`rank` must be even for init='orthogonal'",
+        ),
         (("q", 2, {"scale": 0.0}), ValueError, "`scale` must be finite and not zero"),
         (("q", 2, {"scale": "1"}), TypeError, "`scale` must be a Python number"),
-        (("q", 2, {"columns": 0}), ValueError, "`columns` must be at least 1"),
-        (("q", 2, {"columns": 1, "part": "u"}), ValueError, r"`part \(with columns\)`"),
+        (("q", 2, {"num_columns": 0}), ValueError, "`num_columns` must be at least 1"),
+        (
+            ("q", 2, {"num_columns": 1, "trainable": "u"}),
+            ValueError,
+            r"`trainable \(with num_columns\)`",
+        ),
         (("q", 2, {"init": "lora", "residual": False}), ValueError, "residual=False"),
     ],
 )
 def test_bad_rule(arguments, error, text):
-    *positional, keywords = arguments if isinstance(arguments[-1], dict) else (*arguments, {})
+    *positional, keywords = (
+        arguments if isinstance(arguments[-1], dict) else (*arguments, {})
+    )
     with pytest.raises(error, match=text):
         jlora.Rule(*positional, **keywords)
 
@@ -198,7 +224,10 @@ def test_bad_rule(arguments, error, text):
         ),
         (jlora.Rule("counter", 2), r"counter \(has dtype int32"),
         (jlora.Rule("q", 9), r"layers/0/q: `rank` must be at most min\(m, n\) = 8"),
-        (jlora.Rule("q", 2, columns=9), "layers/0/q: `columns` must be at most 8"),
+        (
+            jlora.Rule("q", 2, num_columns=9),
+            "layers/0/q: `num_columns` must be at most 8",
+        ),
     ],
 )
 def test_plan_that_cannot_be_made(rule, text):
@@ -209,13 +238,17 @@ def test_plan_that_cannot_be_made(rule, text):
 def test_adapt_refuses_nan_other_trees_and_wrong_kinds():
     params = {"q": jnp.ones((4, 4)).at[0, 0].set(jnp.nan)}
     plan = jlora.make_plan(params, jlora.Rule("q", 2))
-    with pytest.raises(ValueError, match="`q` must be finite, got 1 NaN or Inf among 16"):
+    with pytest.raises(
+        ValueError, match="`q` must be finite, got 1 NaN or Inf among 16"
+    ):
         jlora.adapt(params, plan, key=KEY)
-    with pytest.raises(ValueError, match="must hold every path of the plan, got none at q"):
+    with pytest.raises(
+        ValueError, match="must hold every path of the plan, got none at q"
+    ):
         jlora.adapt({"r": jnp.ones((4, 4))}, plan, key=KEY)
     with pytest.raises(ValueError, match=r"q: `params` must have shape \(4, 4\)"):
         jlora.adapt({"q": jnp.ones((5, 4))}, plan, key=KEY)
-    with pytest.raises(TypeError, match=r"`plan` must be a jlora.Plan"):
+    with pytest.raises(TypeError, match=r"`plan` must be a jlora.adaptation.Plan"):
         jlora.adapt(params, jlora.Rule("q", 2), key=KEY)
     with pytest.raises(TypeError, match="`rules` must hold"):
         jlora.make_plan(params, ["q"])

@@ -5,17 +5,30 @@ Optional: see benchmarks/ahead_of_time.py for what it needs.
 
 import pytest
 
-from benchmarks.ahead_of_time import compile_elsewhere, why_not
+from benchmarks.run.ahead_of_time import compile_elsewhere, why_not
 
 # These are batched; a QR or an SVD of the library would be a loop over the matrices. (The
 # blocks of a QR on a TPU are inside its eigh.)
 BATCHED = {
-    "H200": {"cusolver_potrf_ffi", "cusolver_syevd_ffi", "__cublas$triangularSolve",
-             "__cublas$gemm", "__cublas$lt$matmul"},
-    "TPU v5e": {"AllocateBuffer", "AssumeGatherIndicesInBound", "Cholesky", "CompactWyHelper",
-                "ConcatBitcast", "EighTpu", "GatherScatterIndicesBitpacked",
-                "InvertDiagBlocksLowerTriangular", "QrDecompositionBlock"},
-}  # fmt: skip
+    "H200": {
+        "cusolver_potrf_ffi",
+        "cusolver_syevd_ffi",
+        "__cublas$triangularSolve",
+        "__cublas$gemm",
+        "__cublas$lt$matmul",
+    },
+    "TPU v5e": {
+        "AllocateBuffer",
+        "AssumeGatherIndicesInBound",
+        "Cholesky",
+        "CompactWyHelper",
+        "ConcatBitcast",
+        "EighTpu",
+        "GatherScatterIndicesBitpacked",
+        "InvertDiagBlocksLowerTriangular",
+        "QrDecompositionBlock",
+    },
+}
 
 
 def compile_or_skip(target, program):

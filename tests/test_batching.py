@@ -11,8 +11,8 @@ import pytest
 
 import jlora
 from jlora.adaptation import batching
-from jlora.adaptation.jobs import make_job
 from jlora.adaptation.programs import start_chunk, start_donated
+from jlora.adaptation.tasks import make_task
 from tests.test_updates import DTYPES
 
 KEY = jax.random.key(0)
@@ -28,27 +28,41 @@ def draw(seed, *shape):
 
 def make_params():
     """Return seven matrices of SHAPE, which is no multiple of a chunk, and a bias."""
-    return {"a": draw(1, *SHAPE), "b": np.array(draw(2, *SHAPE)), "c": draw(3, 3, *SHAPE),
-            "d": np.array(draw(4, *SHAPE)), "e": draw(5, *SHAPE), "f": draw(6, 8)}  # fmt: skip
+    return {
+        "a": draw(1, *SHAPE),
+        "b": np.array(draw(2, *SHAPE)),
+        "c": draw(3, 3, *SHAPE),
+        "d": np.array(draw(4, *SHAPE)),
+        "e": draw(5, *SHAPE),
+        "f": draw(6, 8),
+    }
 
 
 def adapt(params, *, rank=3, init="pissa", layout="io", **settings):
-    plan = jlora.make_plan(params, jlora.Rule(".", rank, init=init, layout=layout, scale=-2.0))
+    plan = jlora.make_plan(
+        params, jlora.Rule(".", rank, init=init, layout=layout, scale=-2.0)
+    )
     return jlora.adapt(params, plan, key=KEY, **settings)
 
 
 def force_chunks(monkeypatch, size, shape=SHAPE):
-    monkeypatch.setitem(batching._CHUNK_NUMBERS, jax.default_backend(), size * math.prod(shape))
+    monkeypatch.setitem(
+        batching._CHUNK_NUMBERS, jax.default_backend(), size * math.prod(shape)
+    )
 
 
-@pytest.fixture(params=[1, 4], ids="chunks of {}".format)  # as on a CPU, and on accelerators
+@pytest.fixture(
+    params=[1, 4], ids="chunks of {}".format
+)  # as on a CPU, and on accelerators
 def chunk_size(request, monkeypatch):
     force_chunks(monkeypatch, request.param)
     return request.param
 
 
 def assert_same_bits(found, expected):
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for one, other in zip(
+        jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+    ):
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(one, other)
 
@@ -70,8 +84,11 @@ def count_programs():
 
 
 def test_one_program_for_each_shape_dtype_and_rank(chunk_size):
-    layer = make_params() | {"half": draw(7, *SHAPE).astype(jnp.bfloat16), "wide": draw(8, 8, 12),
-                             "other": draw(9, *SHAPE)}  # fmt: skip
+    layer = make_params() | {
+        "half": draw(7, *SHAPE).astype(jnp.bfloat16),
+        "wide": draw(8, 8, 12),
+        "other": draw(9, *SHAPE),
+    }
     rules = [jlora.Rule("other", 4, init="olora"), jlora.Rule(".", 5, init="olora")]
     before = count_programs()
     for params in ([layer], [layer] * 3):
@@ -94,12 +111,22 @@ def test_other_layers_change_no_bit(chunk_size, init):
     expected = adapt(params, init=init)
     assert not np.any(expected["a"].u == expected["e"].u)  # a key for each path
     same, stack, other = draw(0, *SHAPE), draw(0, 3, *SHAPE), draw(0, 10, 6)
-    for more in ({}, {"0": same}, {"aa": stack}, {"aa": np.array(same)}, {"0": other, "g": other}):
+    for more in (
+        {},
+        {"0": same},
+        {"aa": stack},
+        {"aa": np.array(same)},
+        {"0": other, "g": other},
+    ):
         found = adapt(params | more, init=init)
         assert_same_bits({path: found[path] for path in params}, expected)
     for paths in ("dcba", "ec", "b", "c", "e"):
-        found = adapt(collections.OrderedDict((path, params[path]) for path in paths), init=init)
-        assert_same_bits([found[path] for path in paths], [expected[path] for path in paths])
+        found = adapt(
+            collections.OrderedDict((path, params[path]) for path in paths), init=init
+        )
+        assert_same_bits(
+            [found[path] for path in paths], [expected[path] for path in paths]
+        )
 
 
 @pytest.mark.parametrize("init", ["pissa", "lora"])
@@ -128,23 +155,32 @@ def test_chunks_of_block_krylov_keep_their_bits_and_are_right(monkeypatch):
         assert np.linalg.norm(left) <= (1 + 1e-4) * np.linalg.norm(s[2:])
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__
+)
 def test_chunk_size_follows_from_shape_dtype_bytes_and_platform(dtype):
     def choose(max_bytes, platform, *batch):
         leaf = jnp.zeros((*batch, *SHAPE), dtype)
         (entry,) = jlora.make_plan({"w": leaf}, jlora.Rule("w", 1)).entries
-        job = make_job(entry, leaf, {}, KEY, False)
+        job = make_task(entry, leaf, {}, KEY, False)
         return batching.choose_chunk_size(job, max_bytes, platform)
 
-    needed = 12 * 8 * (jnp.dtype(dtype).itemsize + 2 * 4)  # two in float32 at a matrix's side
+    needed = (
+        12 * 8 * (jnp.dtype(dtype).itemsize + 2 * 4)
+    )  # two in float32 at a matrix's side
     for platform in ("cpu", "gpu", "tpu"):
         for room in (1, 2, 7):
-            sizes = {choose(room * needed + 5, platform, *batch) for batch in ((), (1,), (2, 3))}
+            sizes = {
+                choose(room * needed + 5, platform, *batch)
+                for batch in ((), (1,), (2, 3))
+            }
             assert sizes == {1 if platform == "cpu" else room}
         most = max(1, batching._CHUNK_NUMBERS[platform] // 96)
         assert choose(2**40, platform) == choose(2**40, platform, 2, 3) == most
     params = {"a": draw(0, 4, 2), "b": draw(1, *SHAPE).astype(dtype)}
-    with pytest.raises(ValueError, match=rf"^b: `max_bytes` .* {needed} bytes, got {needed - 1}\."):
+    with pytest.raises(
+        ValueError, match=rf"^b: `max_bytes` .* {needed} bytes, got {needed - 1}\."
+    ):
         adapt(params, rank=2, max_bytes=needed - 1, donate=True)
     assert_unchanged(adapt(params, rank=2, max_bytes=needed)["b"], params["b"])
 
@@ -185,10 +221,14 @@ def test_only_donated_arrays_that_move_are_used_up(chunk_size, init, donate):
 def test_abstract_and_deleted_arrays_are_refused_with_their_path():
     params = {"a": draw(0, *SHAPE), "b": {"c": draw(1, *SHAPE)}}
     params["b"]["c"].delete()
-    with pytest.raises(ValueError, match=r"^b/c: `params` must hold arrays that are still there"):
+    with pytest.raises(
+        ValueError, match=r"^b/c: `params` must hold arrays that are still there"
+    ):
         adapt(params, donate=True)
     params["b"]["c"] = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
-    with pytest.raises(TypeError, match=r"^b/c: `params` must hold arrays, got an abstract one"):
+    with pytest.raises(
+        TypeError, match=r"^b/c: `params` must hold arrays, got an abstract one"
+    ):
         adapt(params, donate=True)
     assert not params["a"].is_deleted()
 
@@ -207,7 +247,10 @@ def test_nan_and_inf_are_refused_with_path_and_number(chunk_size, init, value):
 
 def test_chunks_agree_with_one_call_under_jit(chunk_size):
     params = make_params()
-    for some, layout in ((params, "io"), ({"c": params["c"].transpose(1, 0, 2)}, "ibo")):
+    for some, layout in (
+        (params, "io"),
+        ({"c": params["c"].transpose(1, 0, 2)}, "ibo"),
+    ):
         eager = adapt(some, layout=layout)
         traced = jax.jit(functools.partial(adapt, layout=layout))(some)
         assert jax.tree.structure(traced) == jax.tree.structure(eager)
@@ -216,12 +259,19 @@ def test_chunks_agree_with_one_call_under_jit(chunk_size):
             close(traced[path].base, eager[path].base)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, jnp.float16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize(
+    "dtype", [*DTYPES, jnp.float16], ids=lambda dtype: dtype.__name__
+)
 def test_every_dtype_keeps_its_own_and_its_accuracy(dtype):
     params = {path: make_params()[path].astype(dtype) for path in "abcde"}
     compute = jnp.float64 if dtype == jnp.float64 else jnp.float32
     for path, w in adapt(params).items():
-        assert (w.base.dtype, w.dtype, w.u.dtype, w.v.dtype) == (dtype, dtype, compute, compute)
+        assert (w.base.dtype, w.dtype, w.u.dtype, w.v.dtype) == (
+            dtype,
+            dtype,
+            compute,
+            compute,
+        )
         assert_unchanged(w, params[path])
 
 
@@ -246,7 +296,11 @@ def test_progress_is_shown_where_it_is_wanted(chunk_size, capsys):
 
 def test_an_interrupt_leaves_the_weights_as_they_were(chunk_size, monkeypatch):
     params = make_params() | {"c": np.array(draw(3, 3, *SHAPE))}
-    before, expected, collect = jax.tree.map(np.array, params), adapt(params), batching._collect
+    before, expected, collect = (
+        jax.tree.map(np.array, params),
+        adapt(params),
+        batching._collect,
+    )
 
     def interrupt(chunk, *arguments):
         collect(chunk, *arguments)
@@ -262,19 +316,25 @@ def test_an_interrupt_leaves_the_weights_as_they_were(chunk_size, monkeypatch):
 
 
 @pytest.mark.parametrize("batch", [(), (10,)], ids=["matrices", "stacks"])
-def test_weights_of_the_host_are_on_the_device_a_chunk_at_a_time(chunk_size, batch, monkeypatch):
+def test_weights_of_the_host_are_on_the_device_a_chunk_at_a_time(
+    chunk_size, batch, monkeypatch
+):
     def measure():
         return sum(array.nbytes for array in jax.live_arrays())
 
     params = [np.array(draw(i, *batch, *SHAPE)) for i in range(20 // math.prod(batch))]
     peaks, collect = [], batching._collect
-    monkeypatch.setattr(batching, "_collect", lambda *a: (peaks.append(measure()), collect(*a)))
+    monkeypatch.setattr(
+        batching, "_collect", lambda *a: (peaks.append(measure()), collect(*a))
+    )
     before = measure()
     adapt(params, rank=1)
     is_cpu, num_bytes = jax.default_backend() == "cpu", 4 * math.prod(SHAPE)
     # Weights and bases of a chunk (elsewhere of the next too), all factors, scales and keys; where
     # there is one memory, also the bases that come back whole.
-    bound = (1 if is_cpu else 2) * chunk_size * 2 * num_bytes + 20 * (4 * sum(SHAPE) + 32)
+    bound = (1 if is_cpu else 2) * chunk_size * 2 * num_bytes + 20 * (
+        4 * sum(SHAPE) + 32
+    )
     bound += 20 * num_bytes if is_cpu and not batch else 0
     assert len(peaks) == 20 // chunk_size
     assert max(peaks) - before <= bound < 2 * 20 * num_bytes
@@ -284,6 +344,8 @@ def test_one_array_at_two_paths_cannot_be_donated():
     w = jnp.ones((12, 8), jnp.float32)
     params = {"one": w, "other": w}
     plan = jlora.make_plan(params, jlora.Rule(".*", 2))
-    with pytest.raises(ValueError, match=r"^other: `params` must hold an array of its own .* one"):
+    with pytest.raises(
+        ValueError, match=r"^other: `params` must hold an array of its own .* one"
+    ):
         jlora.adapt(params, plan, key=jax.random.key(0), donate=True)
     assert not w.is_deleted()

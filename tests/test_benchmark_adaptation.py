@@ -5,13 +5,13 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks.environment import ROOT
-from benchmarks.harness import Level, measure_group
-from benchmarks.limits import Limits
 from benchmarks.models.minilm import find_minilm
-from benchmarks.records import check_record
-from benchmarks.suites import (
-    adaptation,
+from benchmarks.run.environment import ROOT
+from benchmarks.run.harness import Level, measure_group
+from benchmarks.run.limits import Limits
+from benchmarks.run.records import check_record
+from benchmarks.suites import adaptation
+from benchmarks.suites.adaptation import (
     adapted_layers,
     encoder_steps,
     lifted_steps,
@@ -30,10 +30,15 @@ def measure(group):
     for record in records:
         check_record(json.loads(json.dumps(record)))
         # A peer may be missing here; it may not fail where it is installed.
-        missing = record["role"] != "jlora" and "is not installed" in (record["reason"] or "")
+        missing = record["role"] != "jlora" and "is not installed" in (
+            record["reason"] or ""
+        )
         assert missing or record["status"] == "measured", record["reason"]
-    return {record["implementation"]: record["errors"] for record in records
-            if record["status"] == "measured"}  # fmt: skip
+    return {
+        record["implementation"]: record["errors"]
+        for record in records
+        if record["status"] == "measured"
+    }
 
 
 def test_lists_import_no_peer():
@@ -44,7 +49,11 @@ def test_lists_import_no_peer():
         f"print({PEERS!r} & set(sys.modules))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
     )
     assert done.stdout.strip() == "set()"
 
@@ -53,8 +62,11 @@ def test_lists_import_no_peer():
 @pytest.mark.parametrize("level", ["quick", "full"])
 def test_each_contender_has_a_record_of_its_own(level, platform):
     groups = adaptation.list_groups(level, platform)
-    keys = [(group.operation, group.case.name, contender.name)
-            for group in groups for contender in group.contenders]  # fmt: skip
+    keys = [
+        (group.operation, group.case.name, contender.name)
+        for group in groups
+        for contender in group.contenders
+    ]
     assert len(set(keys)) == len(keys)
     for group in groups:
         assert group.contenders[0].role == "jlora"
@@ -75,8 +87,11 @@ def test_weights_of_one_shape_differ_but_in_their_singular_values():
 def test_a_deep_model_is_adapted_in_turns():
     model = whole_models.make_model(16, 32, "bfloat16")
     assert (len(model.arrays), model.turns) == (8 * 7, 4)
-    (group,) = [group for group in adaptation.list_groups("full", "gpu")
-                if "rank 128" in group.case.name and len(group.contenders) > 1]  # fmt: skip
+    (group,) = [
+        group
+        for group in adaptation.list_groups("full", "gpu")
+        if "rank 128" in group.case.name and len(group.contenders) > 1
+    ]
     assert "8 layers at a time, 4 times" in group.contenders[0].setting
 
 
@@ -102,7 +117,9 @@ def test_first_call_compiles_and_finds_the_same(monkeypatch):
     assert abs(errors["excess error"]) < 1e-4
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # qwix calls what flax gives up
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # qwix calls what flax gives up
 def test_layers_err_like_one_product(standard_promotion):
     found = measure(adapted_layers.make_layer_group(96, 24, 8))
     assert {"jlora apply_factors", "jax plain"} <= set(found)
@@ -111,7 +128,9 @@ def test_layers_err_like_one_product(standard_promotion):
         assert errors["relative error"] < 2e-6
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # qwix calls what flax gives up
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # qwix calls what flax gives up
 def test_lifted_steps_agree_with_those_of_the_peers(standard_promotion):
     found = measure(lifted_steps.make_lifted_group(64, 1, 16, 4))
     assert {"jlora lift", "hand-written apply_factors"} <= set(found)
@@ -122,7 +141,9 @@ def test_lifted_steps_agree_with_those_of_the_peers(standard_promotion):
         assert errors["loss difference"] < 1e-6
         # Adam's first step is one of fixed size in each number: signs of gradients near zero may
         # differ.
-        assert abs(errors["loss after a step"] / expected["loss after a step"] - 1) < 1e-4
+        assert (
+            abs(errors["loss after a step"] / expected["loss after a step"] - 1) < 1e-4
+        )
 
 
 def test_training_steps_start_from_the_loss_of_the_plain_weights(standard_promotion):

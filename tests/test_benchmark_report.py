@@ -5,22 +5,27 @@ import zlib
 import numpy as np
 import pytest
 
-from benchmarks.bars import SVD_CASES, evaluate_bars, list_bars
-from benchmarks.cases import Case
-from benchmarks.compare import compare_records, format_comparison
-from benchmarks.drawing import can_draw
-from benchmarks.harness import Contender, Group, Level, Prepared, measure_group
-from benchmarks.limits import Limits
-from benchmarks.plots import draw_plots
-from benchmarks.records import SCHEMA, check_record
-from benchmarks.report import make_main_table, make_readme_block, update_readme, write_report
-from benchmarks.spread import (
+from benchmarks.plots.draw import draw_plots
+from benchmarks.plots.style import can_draw
+from benchmarks.report.compare import compare_records, format_comparison
+from benchmarks.report.statistics import (
     choose_cases,
     find_fastest_peer,
     find_spread,
     is_as_exact,
     ratio_of_medians,
 )
+from benchmarks.report.tables import (
+    make_main_table,
+    make_readme_block,
+    update_readme,
+    write_report,
+)
+from benchmarks.report.targets import SVD_CASES, evaluate_bars, list_bars
+from benchmarks.run.cases import Case
+from benchmarks.run.harness import Contender, Group, Level, Prepared, measure_group
+from benchmarks.run.limits import Limits
+from benchmarks.run.records import SCHEMA, check_record
 
 SQUARE = Case("gpt-2-medium", "output", 16)
 PEERS = {
@@ -77,15 +82,31 @@ def make_run(factor=1.0, ours=1.0, seed=None, error=1e-5):
     records = []
     for case, base in ((SQUARE, 10.0), (SQUARE._replace(rank=64, layers=4), 30.0)):
         for passes, part in (("", 1.0), (" 8 passes", 0.4), (" 16 passes", 0.7)):
-            records.append(make_record(
-                f"jlora krylov{passes}", draw(ours * part * base), case=case, compile_ms=250.0,
-                peak_bytes=3 * 2**20, errors={"excess error": error / part**4},
-            ))  # fmt: skip
+            records.append(
+                make_record(
+                    f"jlora krylov{passes}",
+                    draw(ours * part * base),
+                    case=case,
+                    compile_ms=250.0,
+                    peak_bytes=3 * 2**20,
+                    errors={"excess error": error / part**4},
+                )
+            )
         for name, (part, excess) in PEERS.items():
-            records.append(make_record(name, draw(part * base), case=case,
-                                       errors={"excess error": excess}))  # fmt: skip
-    product = {"operation": "matrix product", "suite": "limits", "role": "limit", "bytes": None,
-               "floor_ms": None, "limits": {}, "errors": {"relative error": 1e-7}}  # fmt: skip
+            records.append(
+                make_record(
+                    name, draw(part * base), case=case, errors={"excess error": excess}
+                )
+            )
+    product = {
+        "operation": "matrix product",
+        "suite": "limits",
+        "role": "limit",
+        "bytes": None,
+        "floor_ms": None,
+        "limits": {},
+        "errors": {"relative error": 1e-7},
+    }
     records.append(make_record("jnp.matmul", draw(50.0), **product))
     return records
 
@@ -116,23 +137,36 @@ def test_ratio_is_taken_round_by_round():
     ids=["another run", "another case"],
 )
 def test_ratio_of_two_runs_is_that_of_the_medians(fields):
-    ours, peer = make_record(times_ms=[1, 2, 3, 4, 5]), make_record("peer", [12, 4, 6], **fields)
+    ours, peer = (
+        make_record(times_ms=[1, 2, 3, 4, 5]),
+        make_record("peer", [12, 4, 6], **fields),
+    )
     assert ratio_of_medians(ours, peer) == (3 / 6, 2 / 9, 4 / 5, 3)
 
 
 def test_too_few_shared_rounds_are_not_compared_one_by_one():
-    ours, peer = make_record(times_ms=[90.0, 1.0, 1.0, 1.0]), make_record("peer", [10.0])
+    ours, peer = (
+        make_record(times_ms=[90.0, 1.0, 1.0, 1.0]),
+        make_record("peer", [10.0]),
+    )
     assert ratio_of_medians(ours, peer).ratio == 0.1
 
 
 @pytest.mark.parametrize(
     ("error", "other", "exact"),
-    [(1e-3, 1.04e-3, True), (1e-3, 1.06e-3, False), (1e-9, 9e-7, True), (1e-9, 2e-6, False),
-     (1e-3, float("nan"), False)],
-)  # fmt: skip
+    [
+        (1e-3, 1.04e-3, True),
+        (1e-3, 1.06e-3, False),
+        (1e-9, 9e-7, True),
+        (1e-9, 2e-6, False),
+        (1e-3, float("nan"), False),
+    ],
+)
 def test_is_as_exact(error, other, exact):
     ours = make_record(errors={"excess error": error})
-    assert is_as_exact(make_record("peer", errors={"excess error": other}), ours) == exact
+    assert (
+        is_as_exact(make_record("peer", errors={"excess error": other}), ours) == exact
+    )
 
 
 def test_fastest_peer_is_sought_overall_and_among_the_exact():
@@ -146,8 +180,11 @@ def test_fastest_peer_is_sought_overall_and_among_the_exact():
 
 
 def test_chosen_cases_differ():
-    cases = [SQUARE, SQUARE._replace(model="bert-base", layer="mlp up"),
-             SQUARE._replace(rank=64, spectrum="flat")]  # fmt: skip
+    cases = [
+        SQUARE,
+        SQUARE._replace(model="bert-base", layer="mlp up"),
+        SQUARE._replace(rank=64, spectrum="flat"),
+    ]
     chosen = choose_cases([make_record(case=case) for case in [*cases, *cases]], 2)
     assert [case["name"] for case in chosen] == [cases[0].name, cases[2].name]
     assert len(choose_cases([make_record(case=case) for case in cases], 9)) == 3
@@ -170,12 +207,20 @@ def test_report_names_every_record_and_every_reason(tmp_path):
 
 def test_report_holds_the_right_numbers(tmp_path):
     text = write_report(make_run(), tmp_path)[0].read_text()
-    (line,) = [line for line in text.splitlines() if line.startswith("| jlora krylov | 10 ")]
+    (line,) = [
+        line for line in text.splitlines() if line.startswith("| jlora krylov | 10 ")
+    ]
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     assert cells == [
-        "jlora krylov", "10 (10–10)", "0.25 (0.25–0.25) of scipy svds",
-        "1.25 (1.25–1.25) of torch.svd_lowrank niter 4", "20", "1.0e-05", "250", "3",
-    ]  # fmt: skip
+        "jlora krylov",
+        "10 (10–10)",
+        "0.25 (0.25–0.25) of scipy svds",
+        "1.25 (1.25–1.25) of torch.svd_lowrank niter 4",
+        "20",
+        "1.0e-05",
+        "250",
+        "3",
+    ]
 
 
 def test_report_says_where_no_peer_is_as_exact(tmp_path):
@@ -220,7 +265,9 @@ def test_main_table_compares_the_default_with_each_peer():
 
 def test_readme_block_is_replaced_between_its_markers(tmp_path):
     path = tmp_path / "README.md"
-    path.write_text("# A\n<!-- benchmarks:begin -->\nold\n<!-- benchmarks:end -->\nlast\n")
+    path.write_text(
+        "# A\n<!-- benchmarks:begin -->\nold\n<!-- benchmarks:end -->\nlast\n"
+    )
     block = make_readme_block(make_run())
     for _ in range(2):
         update_readme(path, block)
@@ -253,7 +300,9 @@ def test_readme_block_marks_cases_that_were_disturbed():
 def test_readme_without_markers_is_refused(tmp_path, text):
     path = tmp_path / "README.md"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"README.md must hold the line `<!-- benchmarks:begin"):
+    with pytest.raises(
+        ValueError, match=r"README.md must hold the line `<!-- benchmarks:begin"
+    ):
         update_readme(path, "block")
     assert path.read_text() == text
 
@@ -261,15 +310,23 @@ def test_readme_without_markers_is_refused(tmp_path, text):
 def test_plots_are_written(tmp_path):
     if not can_draw():
         pytest.skip("matplotlib is not installed")
-    sizes = [Case("bert-base", layer, 16, tokens=tokens)
-             for layer in ("attention", "mlp up") for tokens in (64, 128)]  # fmt: skip
-    layers = [make_record(name, case=case, operation="lora layer") for case in sizes
-              for name in ("jlora apply_factors", "torch LoRA")]  # fmt: skip
+    sizes = [
+        Case("bert-base", layer, 16, tokens=tokens)
+        for layer in ("attention", "mlp up")
+        for tokens in (64, 128)
+    ]
+    layers = [
+        make_record(name, case=case, operation="lora layer")
+        for case in sizes
+        for name in ("jlora apply_factors", "torch LoRA")
+    ]
     ranks = [make_record(case=SQUARE._replace(rank=rank)) for rank in (16, 64)]
     batches = [make_record(case=SQUARE._replace(layers=layers)) for layers in (4, 8)]
     paths = draw_plots([*make_run(), *layers, *ranks, *batches, *make_gaps()], tmp_path)
     names = {path.name for path in paths.values()}
-    against = {f"time-against-{varied}.png" for varied in ("size", "rank", "batch", "tokens")}
+    against = {
+        f"time-against-{varied}.png" for varied in ("size", "rank", "batch", "tokens")
+    }
     assert names == against | {"frontier.png", "roofline.png", "memory.png"}
     for path in paths.values():
         data = path.read_bytes()
@@ -285,7 +342,7 @@ def test_plots_of_nothing_are_not_written(tmp_path):
 
 
 def test_report_without_matplotlib_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.report.can_draw", lambda: False)
+    monkeypatch.setattr("benchmarks.report.tables.can_draw", lambda: False)
     (path,) = write_report(make_run(), tmp_path)
     assert "no plots: matplotlib is not installed" in path.read_text()
 
@@ -293,20 +350,37 @@ def test_report_without_matplotlib_says_so(tmp_path, monkeypatch):
 def test_bars_leave_none_out_and_say_what_is_missing():
     square = Case("llama-3.2-1b", "attention", 64)
     whole = make_record(
-        "benchmarks", [2e5], suite="package", operation="all suites", errors={},
+        "benchmarks",
+        [2e5],
+        suite="package",
+        operation="all suites",
+        errors={},
         case=square,
-    )  # fmt: skip
+    )
     whole["case"] = {**whole["case"], "name": "quick"}
-    records = [make_record(case=square), make_record("jnp.linalg.svd", [10.0] * 3, case=square)]
+    records = [
+        make_record(case=square),
+        make_record("jnp.linalg.svd", [10.0] * 3, case=square),
+    ]
     lines = evaluate_bars([whole, *records])
     assert len(lines) == len(list_bars())
     assert "part 2, run --quick of everything, seconds: 200 (at most 360) met" in lines
-    assert "part 3, time over jnp.linalg.svd at 2048x2048: 0.2 (at most 0.05) missed" in lines
-    (line,) = (line for line in lines if line.startswith("part 3, excess error, default, worst"))
+    assert (
+        "part 3, time over jnp.linalg.svd at 2048x2048: 0.2 (at most 0.05) missed"
+        in lines
+    )
+    (line,) = (
+        line
+        for line in lines
+        if line.startswith("part 3, excess error, default, worst")
+    )
     found = [name for name in SVD_CASES if "exponential" not in name]
     missing = f"{len(found) - 1} of {len(found)} cases have no record"
     assert line.endswith(f"1e-05 (at most 0.0001) missed; {missing}")
-    assert "part 4, allocate_ranks on 224 layers, ms: no record (at most 50) missed" in lines
+    assert (
+        "part 4, allocate_ranks on 224 layers, ms: no record (at most 50) missed"
+        in lines
+    )
 
 
 def list_verdicts(rows):
@@ -323,25 +397,33 @@ def test_compare_is_quiet_on_noise(seed):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_compare_catches_half_the_speed(seed):
-    rows, regressions = compare_records(make_run(seed=seed), make_run(seed=100 + seed, ours=2.0))
+    rows, regressions = compare_records(
+        make_run(seed=seed), make_run(seed=100 + seed, ours=2.0)
+    )
     ours = [row for row in rows if row.role == "jlora"]
     assert {row.verdict for row in ours} == {"slower"}
     assert regressions == ours
     assert f"{SQUARE.name}: jlora krylov 8 passes: slower" in format_comparison(rows)
-    rows, regressions = compare_records(make_run(seed=seed, ours=2.0), make_run(seed=100 + seed))
+    rows, regressions = compare_records(
+        make_run(seed=seed, ours=2.0), make_run(seed=100 + seed)
+    )
     assert {row.verdict for row in rows if row.role == "jlora"} == {"faster"}
     assert not regressions
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_compare_does_not_call_a_slower_machine_a_regression(seed):
-    rows, regressions = compare_records(make_run(seed=seed), make_run(1.5, seed=100 + seed))
+    rows, regressions = compare_records(
+        make_run(seed=seed), make_run(1.5, seed=100 + seed)
+    )
     assert not regressions
     assert rows[0].drift.factor == pytest.approx(1.5, rel=0.1)
     assert rows[0].ratio == pytest.approx(1.5, rel=0.2)
     assert rows[0].corrected == pytest.approx(1.0, rel=0.2)
     # A slower machine does not hide a slower function either.
-    _, regressions = compare_records(make_run(seed=seed), make_run(1.5, 2.0, seed=100 + seed))
+    _, regressions = compare_records(
+        make_run(seed=seed), make_run(1.5, 2.0, seed=100 + seed)
+    )
     assert len(regressions) == 6
 
 
@@ -356,14 +438,18 @@ def test_compare_trusts_its_peers_on_how_noisy_two_runs_are():
             ).tolist()
     rows, regressions = compare_records(before, after)
     assert not regressions
-    assert "warning: too noisy to tell half the speed in 6 of 6" in format_comparison(rows)
+    assert "warning: too noisy to tell half the speed in 6 of 6" in format_comparison(
+        rows
+    )
 
 
 def test_compare_prefers_peers_compiled_like_jlora():
     # Another process starves the thread pools of the others, and costs compiled programs 30 %.
     before, after = make_run(seed=1), make_run(1.3, 2.0, seed=2)
     for record in [*before, *after]:
-        record["compile_ms"] = None if record["implementation"].startswith(("to", "sc")) else 1.0
+        record["compile_ms"] = (
+            None if record["implementation"].startswith(("to", "sc")) else 1.0
+        )
     for record in after:
         if record["compile_ms"] is None:
             record["times_ms"] = [50 * time for time in record["times_ms"]]
@@ -388,7 +474,9 @@ def test_compare_takes_the_drift_from_quiet_groups():
     for record in after:
         if record["role"] != "limit" and record["case"]["name"] != SQUARE.name:
             record["others_cores"] = 1.0
-            record["times_ms"] = [2.0 * milliseconds for milliseconds in record["times_ms"]]
+            record["times_ms"] = [
+                2.0 * milliseconds for milliseconds in record["times_ms"]
+            ]
     rows, regressions = compare_records(before, after)
     assert rows[0].drift.factor == pytest.approx(1.0, rel=0.1)
     assert {row.key[2] for row in regressions} >= {SQUARE.name}
@@ -399,14 +487,18 @@ def test_compare_takes_the_drift_from_quiet_groups():
     [(1.5e-3, "unchanged"), (2.5e-3, "less exact"), (float("nan"), "less exact")],
 )
 def test_compare_catches_an_error_that_grows(error, verdict):
-    before, after = ([make_record(errors={"excess error": value})] for value in (1e-3, error))
+    before, after = (
+        [make_record(errors={"excess error": value})] for value in (1e-3, error)
+    )
     rows, regressions = compare_records(before, after)
     assert rows[0].verdict == verdict
     assert len(regressions) == (verdict == "less exact")
 
 
 def test_compare_ignores_the_growth_of_rounding():
-    before, after = ([make_record(errors={"excess error": value})] for value in (1e-9, 9e-6))
+    before, after = (
+        [make_record(errors={"excess error": value})] for value in (1e-9, 9e-6)
+    )
     assert compare_records(before, after)[0][0].verdict == "unchanged"
 
 
@@ -414,16 +506,30 @@ def test_compare_lists_what_only_one_side_has():
     gone, new = make_record("jlora old"), make_record("jlora new")
     skipped, failed = make_gaps()
     broken = make_record("jlora subspace", status="failed", reason="ValueError: no")
-    before = [gone, skipped, make_record(), make_record("fbpca"), make_record("jlora subspace")]
-    rows, regressions = compare_records(before, [new, skipped, make_record(), failed, broken])
+    before = [
+        gone,
+        skipped,
+        make_record(),
+        make_record("fbpca"),
+        make_record("jlora subspace"),
+    ]
+    rows, regressions = compare_records(
+        before, [new, skipped, make_record(), failed, broken]
+    )
     verdicts = {row.key[3]: row.verdict for row in rows}
     assert verdicts == {
-        "jlora old": "only in A", "jlora new": "only in B", "cupy svds": "skipped",
-        "jlora krylov": "unchanged", "fbpca": "failed in B", "jlora subspace": "failed in B",
-    }  # fmt: skip
+        "jlora old": "only in A",
+        "jlora new": "only in B",
+        "cupy svds": "skipped",
+        "jlora krylov": "unchanged",
+        "fbpca": "failed in B",
+        "jlora subspace": "failed in B",
+    }
     assert [row.key[3] for row in regressions] == ["jlora subspace"]
     text = format_comparison(rows)
-    assert all(word in text for word in (*verdicts, "cupy is not installed", "ValueError: no"))
+    assert all(
+        word in text for word in (*verdicts, "cupy is not installed", "ValueError: no")
+    )
     assert format_comparison([]) == "no records"
 
 
@@ -443,14 +549,22 @@ def measure_sleepers(ours_ms):
     """Return the records of one real run: jlora's function, and a peer that never changes."""
 
     def prepare(milliseconds, value):
-        return Prepared(functools.partial(sleep_for, milliseconds, value), lambda result: result)
+        return Prepared(
+            functools.partial(sleep_for, milliseconds, value), lambda result: result
+        )
 
     contenders = (
         Contender("jlora sleeper", functools.partial(prepare, ours_ms), "jlora"),
         Contender("peer", functools.partial(prepare, 5)),
     )
-    group = Group("test", "sleep", SQUARE, lambda: (zlib.crc32(b"value"),), contenders,
-                  lambda inputs, result: {"difference": result - inputs[0]})  # fmt: skip
+    group = Group(
+        "test",
+        "sleep",
+        SQUARE,
+        lambda: (zlib.crc32(b"value"),),
+        contenders,
+        lambda inputs, result: {"difference": result - inputs[0]},
+    )
     return measure_group(group, Level("quick", 7, 1.0), Limits({}))
 
 

@@ -6,23 +6,34 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.cases import Case
-from benchmarks.environment import ROOT
-from benchmarks.harness import Level, measure_group
-from benchmarks.limits import Limits
-from benchmarks.records import check_record
+from benchmarks.run.cases import Case
+from benchmarks.run.environment import ROOT
+from benchmarks.run.harness import Level, measure_group
+from benchmarks.run.limits import Limits
+from benchmarks.run.records import check_record
 from benchmarks.suites import reconstruction, updates
 
 # One run of each: what is tested is that it runs, and how exact it is.
 ONCE = Level("quick", 1, 0.1)
-LIMITS = Limits({(dtype, precision): 1e11 for dtype, precision in (
-    ("float32", "highest"), ("float32", "default"), ("bfloat16", "default"))}, 1e10)  # fmt: skip
+LIMITS = Limits(
+    {
+        (dtype, precision): 1e11
+        for dtype, precision in (
+            ("float32", "highest"),
+            ("float32", "default"),
+            ("bfloat16", "default"),
+        )
+    },
+    1e10,
+)
 SMALL = ("minilm-l6", "attention")  # 384×384
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("level", ["quick", "full"])
-@pytest.mark.parametrize("suite", [updates, reconstruction], ids=lambda suite: suite.SUITE)
+@pytest.mark.parametrize(
+    "suite", [updates, reconstruction], ids=lambda suite: suite.SUITE
+)
 def test_groups_are_listed_once_each_with_one_of_ours(suite, level, platform):
     groups = suite.list_groups(level, platform)
     keys = [(group.suite, group.operation, group.case.name) for group in groups]
@@ -43,7 +54,11 @@ def test_lists_import_no_peer():
         "print({'torch', 'sklearn', 'matfree', 'threadpoolctl', 'cupy'} & set(sys.modules))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
     )
     assert done.stdout.strip() == "set()"
 
@@ -55,13 +70,18 @@ def measure(group):
         check_record(record)
         assert record["floor_ms"] > 0
         # A peer may be missing here; it may not fail where it is installed.
-        missing = record["role"] != "jlora" and "is not installed" in (record["reason"] or "")
+        missing = record["role"] != "jlora" and "is not installed" in (
+            record["reason"] or ""
+        )
         assert missing or record["status"] == "measured"
     return tuple(
-        {record["implementation"]: record["errors"] for record in records
-         if record["status"] == "measured" and (record["role"] == "jlora") == is_ours}
+        {
+            record["implementation"]: record["errors"]
+            for record in records
+            if record["status"] == "measured" and (record["role"] == "jlora") == is_ours
+        }
         for is_ours in (True, False)
-    )  # fmt: skip
+    )
 
 
 def measure_ours(group):
@@ -73,10 +93,14 @@ def measure_all(group):
     return (ours | peers).values()
 
 
-@pytest.mark.parametrize("group", [
-    updates.make_recompress_group(Case(*SMALL, 8, "factors"), 32),
-    updates.make_combine_group(Case(*SMALL, 8, "factors")),
-], ids=lambda group: group.operation)  # fmt: skip
+@pytest.mark.parametrize(
+    "group",
+    [
+        updates.make_recompress_group(Case(*SMALL, 8, "factors"), 32),
+        updates.make_combine_group(Case(*SMALL, 8, "factors")),
+    ],
+    ids=lambda group: group.operation,
+)
 def test_cut_products_are_optimal(group):
     (errors,) = measure_ours(group).values()
     assert next(iter(errors)) == "excess error"
@@ -95,7 +119,9 @@ def test_extraction_is_optimal():
 
 
 def test_balanced_factors_keep_the_product():
-    (errors,) = measure_ours(updates.make_balance_group(Case(*SMALL, 16, "factors"))).values()
+    (errors,) = measure_ours(
+        updates.make_balance_group(Case(*SMALL, 16, "factors"))
+    ).values()
     # Some float32 roundings, 6e-8 each.
     assert errors["relative error"] < 3e-6
     assert errors["imbalance"] < 3e-6
@@ -107,14 +133,18 @@ def test_excess_sees_a_worse_svd():
     chosen = [0, 1, 2, 3, 4, 5, 6, 8]  # the ninth in place of the eighth
     errors = updates.measure_excess(u, v, (left[:, chosen], s[chosen], right[chosen]))
     best, worse = np.sum(s[8:] ** 2), np.sum(s[9:] ** 2) + s[7] ** 2
-    np.testing.assert_allclose(errors["excess error"], np.sqrt(worse / best) - 1, rtol=1e-9)
+    np.testing.assert_allclose(
+        errors["excess error"], np.sqrt(worse / best) - 1, rtol=1e-9
+    )
 
 
 @pytest.mark.parametrize("donated", [True, False], ids=["donated", "fresh"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_reconstruct_rounds_once(dtype, donated):
     case = Case(*SMALL, 8, "factors", dtype)
-    for errors in measure_all(reconstruction.make_reconstruct_group(case, donated=donated)):
+    for errors in measure_all(
+        reconstruction.make_reconstruct_group(case, donated=donated)
+    ):
         # One rounding errs by half an eps of each entry at most. The delta, a twentieth of it,
         # may be rounded before.
         assert errors["relative error"] < 0.55 * float(jnp.finfo(dtype).eps)
@@ -128,9 +158,9 @@ def test_reconstructed_columns_are_those_of_all():
         assert errors["error of the delta"] < 1e-5
 
 
-@pytest.mark.parametrize("make_group", [
-    reconstruction.make_apply_group, reconstruction.make_backward_group,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make_group", [reconstruction.make_apply_group, reconstruction.make_backward_group]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_layers_err_like_one_product(dtype, make_group):
     case = Case(*SMALL, 8, "factors", dtype, tokens=24)

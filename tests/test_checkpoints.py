@@ -63,14 +63,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "w.safetensors"
     jlora.save_arrays(path, {"w": np.ones(2)})
     before = path.read_bytes()
-    with pytest.raises(TypeError, match="dtypes that safetensors knows, got complex64 at w"):
+    with pytest.raises(
+        TypeError, match="dtypes that safetensors knows, got complex64 at w"
+    ):
         jlora.save_arrays(path, {"w": np.ones(2, np.complex64)})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["w.safetensors"]
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(ValueError, match=r"must end in .npy, .npz, .safetensors, got '.bin'"):
+    with pytest.raises(
+        ValueError, match=r"must end in .npy, .npz, .safetensors, got '.bin'"
+    ):
         jlora.load_arrays(tmp_path / "w.bin")
     with pytest.raises(FileNotFoundError):
         jlora.load_arrays(tmp_path / "none.npy")

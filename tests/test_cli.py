@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jlora
-from benchmarks.matrices import make_spiked
+from benchmarks.run.matrices import make_spiked
 from jlora.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -21,7 +21,9 @@ def folder(tmp_path, monkeypatch):
     w = rng.standard_normal((20, 12)).astype(np.float32)
     jlora.save_arrays("w.npy", w)
     jlora.save_arrays("w64.npy", w.astype(np.float64))
-    jlora.save_arrays("many.npz", {"a/q": w, "b/q": w[:, ::-1], "bias": w[0], "k": w[:5]})
+    jlora.save_arrays(
+        "many.npz", {"a/q": w, "b/q": w[:, ::-1], "bias": w[0], "k": w[:5]}
+    )
     jlora.save_arrays("domain.npy", rng.standard_normal((4, 3)))
     x = rng.standard_normal((200, 20)).astype(np.float32)
     # In the span of the columns of w, where training V alone can follow.
@@ -49,19 +51,25 @@ def test_domain_columns(folder, capsys):
     printed = capsys.readouterr().out
     assert f"w: 20x12, rank 4, energy kept {energy:.4f}, relative error" in printed
     change = float(re.search(r"change in the weight (\S+)", printed)[1])
-    assert change == pytest.approx(np.linalg.norm(out - a) / np.linalg.norm(a), rel=1e-3)
+    assert change == pytest.approx(
+        np.linalg.norm(out - a) / np.linalg.norm(a), rel=1e-3
+    )
     assert "wrote out.npy: 1 arrays, 0 as before" in printed
 
 
 def test_data_trains_v_and_other_arrays_stay(folder, capsys):
-    command = "adapt many.npz -o out.safetensors --rank 12 --targets a/q --data pairs.npz"
+    command = (
+        "adapt many.npz -o out.safetensors --rank 12 --targets a/q --data pairs.npz"
+    )
     assert run(f"{command} --steps 300") == 0
     old, new = jlora.load_arrays("many.npz"), jlora.load_arrays("out.safetensors")
     assert old.keys() == new.keys()
     for name in ("b/q", "bias", "k"):
         assert (old[name] == new[name]).all()
     with np.load("pairs.npz") as pairs:
-        errors = [np.linalg.norm(pairs["x"] @ w["a/q"] - pairs["y"]) for w in (old, new)]
+        errors = [
+            np.linalg.norm(pairs["x"] @ w["a/q"] - pairs["y"]) for w in (old, new)
+        ]
     assert errors[1] < 0.2 * errors[0]
     assert "(20 of 200 rows)" in capsys.readouterr().out
 
@@ -86,27 +94,57 @@ DOMAIN = "--columns 3 --domain domain.npy"
 @pytest.mark.parametrize(
     ("command", "text"),
     [
-        (f"none.npy -o out.npy --rank 4 {DOMAIN}", "none.npy: must be a file that can be opened"),
-        (f"empty.npy -o out.npy --rank 4 {DOMAIN}", "empty.npy: must hold arrays, got an empty"),
+        (
+            f"none.npy -o out.npy --rank 4 {DOMAIN}",
+            "none.npy: must be a file that can be opened",
+        ),
+        (
+            f"empty.npy -o out.npy --rank 4 {DOMAIN}",
+            "empty.npy: must hold arrays, got an empty",
+        ),
         (f"cut.npy -o out.npy --rank 4 {DOMAIN}", "cut.npy: must be a whole .npy file"),
         (f"cut.npz -o out.npy --rank 4 {DOMAIN}", "cut.npz: must be a whole .npz file"),
-        (f"cut.safetensors -o out.npy --rank 4 {DOMAIN}", "must be a whole safetensors file"),
+        (
+            f"cut.safetensors -o out.npy --rank 4 {DOMAIN}",
+            "must be a whole safetensors file",
+        ),
         (f"w.bin -o out.npy --rank 4 {DOMAIN}", "w.bin: must end in .npy"),
         (f"nan.npy -o out.npy --rank 4 {DOMAIN}", "`nan` must be finite, got 1 NaN"),
         (f"ints.npy -o out.npy --rank 4 {DOMAIN}", "ints (has dtype int64"),
         (f"w.npy -o out.npy --rank 0 {DOMAIN}", "`--rank` must be at least 1, got 0"),
-        (f"w.npy -o out.npy --rank 13 {DOMAIN}", "w: `rank` must be at most min(m, n) = 12"),
-        (f"w.npy -o out.npy --rank 5 {DOMAIN}", "domain.npy: `--domain` must be an array with"),
+        (
+            f"w.npy -o out.npy --rank 13 {DOMAIN}",
+            "w: `rank` must be at most min(m, n) = 12",
+        ),
+        (
+            f"w.npy -o out.npy --rank 5 {DOMAIN}",
+            "domain.npy: `--domain` must be an array with",
+        ),
         (f"w.npy -o out.npy --rank 4 --targets z {DOMAIN}", "pattern 'z' without one"),
-        (f"w.npy -o out.npy --rank 4 --targets ( {DOMAIN}", "must be a regular expression"),
-        (f"w.npy -o gone/out.npy --rank 4 {DOMAIN}", "gone/out.npy: must be a file in a folder"),
+        (
+            f"w.npy -o out.npy --rank 4 --targets ( {DOMAIN}",
+            "must be a regular expression",
+        ),
+        (
+            f"w.npy -o gone/out.npy --rank 4 {DOMAIN}",
+            "gone/out.npy: must be a file in a folder",
+        ),
         (f"w.npy -o out.bin --rank 4 {DOMAIN}", "out.bin: must end in .npy"),
         (f"many.npz -o out.npy --rank 4 {DOMAIN}", "exactly one array, got 4"),
         ("w.npy -o out.npy --rank 4", "`--domain` or `--data` must say"),
         ("w.npy -o out.npy --rank 4 --columns 3", "must come together"),
-        ("w.npy -o out.npy --rank 4 --columns 2 --domain domain.npy", "must have shape (4, 2)"),
-        ("w.npy -o out.npy --rank 4 --columns 13 --domain domain.npy", "must be at most 12"),
-        ("w.npy -o out.npy --rank 4 --data domain.npy", "must hold arrays named x and y"),
+        (
+            "w.npy -o out.npy --rank 4 --columns 2 --domain domain.npy",
+            "must have shape (4, 2)",
+        ),
+        (
+            "w.npy -o out.npy --rank 4 --columns 13 --domain domain.npy",
+            "must be at most 12",
+        ),
+        (
+            "w.npy -o out.npy --rank 4 --data domain.npy",
+            "must hold arrays named x and y",
+        ),
         (
             "many.npz -o out.npz --rank 4 --data pairs.npz --targets k",
             "`k` must have shape (20,",
@@ -138,31 +176,43 @@ def test_the_installed_command(folder):
     command = os.path.join(os.path.dirname(sys.executable), "jlora")
     done = subprocess.run(
         [command, "adapt", "none.npy", "-o", "out.npy", "--rank", "4", *DOMAIN.split()],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    usage = subprocess.run([command, "adapt"], capture_output=True, text=True, check=False)
+    usage = subprocess.run(
+        [command, "adapt"], capture_output=True, text=True, check=False
+    )
     assert usage.returncode == 2
 
 
 def test_ranks_prints_what_each_rule_says(folder, capsys):
     rng = np.random.default_rng(1)
-    jlora.save_arrays("big.npz", {
-        "spiked": make_spiked(rng, 300, 200).astype(np.float32), "bias": np.ones(3, np.float32),
-        "stack": np.stack([np.diag([3.0, 2.0, 0.0]), np.diag([1.0, 0.0, 0.0])]),
-    })  # fmt: skip
+    jlora.save_arrays(
+        "big.npz",
+        {
+            "spiked": make_spiked(rng, 300, 200).astype(np.float32),
+            "bias": np.ones(3, np.float32),
+            "stack": np.stack([np.diag([3.0, 2.0, 0.0]), np.diag([1.0, 0.0, 0.0])]),
+        },
+    )
     assert run("ranks big.npz --budget 700 --multiple-of 1 --plot ranks.png") == 0
     printed = capsys.readouterr().out
     assert "spiked: 300x200, all 200 values, norm" in printed
     assert "gavish_donoho 12, marchenko_pastur 12" in printed
     assert "stack[1]: 3x3, all 3 values, norm 1, largest 1, median 0" in printed
     assert "energy 2, tail 2, gap 1" in printed.split("stack[0]")[1]
-    assert re.search(r"budget: \d+ of 700 parameters, energy kept 0\.\d+\n  spiked: 1\n", printed)
+    assert re.search(
+        r"budget: \d+ of 700 parameters, energy kept 0\.\d+\n  spiked: 1\n", printed
+    )
     assert (folder / "ranks.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_ranks_of_a_large_matrix_come_from_its_leading_values(folder, capsys, monkeypatch):
+def test_ranks_of_a_large_matrix_come_from_its_leading_values(
+    folder, capsys, monkeypatch
+):
     monkeypatch.setattr("jlora.cli.ranks._WHOLE", 100)
     a = make_spiked(np.random.default_rng(1), 300, 400).astype(np.float32)
     jlora.save_arrays("a.npy", a)
@@ -180,7 +230,10 @@ def test_ranks_of_a_large_matrix_come_from_its_leading_values(folder, capsys, mo
     ("command", "text"),
     [
         ("ranks missing.npy", "missing.npy: must be a file"),
-        ("ranks w.npy --targets (", "`--targets` must be a regular expression, got '('"),
+        (
+            "ranks w.npy --targets (",
+            "`--targets` must be a regular expression, got '('",
+        ),
         ("ranks w.npy --targets zzz", "w.npy: `rules` must each match a matrix"),
         ("ranks w.npy --energy 0", "`--energy` must lie in (0, 1], got 0.0"),
         ("ranks w.npy --tolerance 1", "`--tolerance` must lie in [0, 1), got 1.0"),

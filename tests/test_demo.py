@@ -11,13 +11,17 @@ SIZE = ModelSize(width=48, num_layers=1, num_heads=2, context=32)
 
 
 def test_the_demo_tells_its_story(capsys, standard_promotion):
-    settings = DemoSettings(SIZE, pretrain_steps=200, adapt_steps=80, rank=16, num_eval_batches=4)
+    settings = DemoSettings(
+        SIZE, pretrain_steps=200, adapt_steps=80, rank=16, num_eval_batches=4
+    )
     rows, reloaded = run_demo(settings, progress=False)
     none, v_only, lora, full = rows
     # A tenth of a bit: far above the noise of 4 batches of held-out text.
     assert v_only.new_domain < none.new_domain - 0.1
     assert abs(reloaded - v_only.new_domain) <= 1e-5
-    assert none.num_trained == 0 < v_only.num_trained < lora.num_trained < full.num_trained
+    assert (
+        none.num_trained == 0 < v_only.num_trained < lora.num_trained < full.num_trained
+    )
     assert v_only.optimizer_bytes < lora.optimizer_bytes < full.optimizer_bytes
     printed = capsys.readouterr().out
     assert all(row.name in printed for row in rows)
@@ -35,7 +39,9 @@ def test_the_model_is_causal():
 def test_an_untrained_model_knows_about_eight_bits():
     params = init_model(SIZE, key=jax.random.key(0))
     text = next(sample_batches(read_corpus((DOMAIN,)).train, 1, 8, 32, 0))
-    assert float(bits_per_byte(params, text, SIZE.num_heads)) == pytest.approx(8, abs=0.6)
+    assert float(bits_per_byte(params, text, SIZE.num_heads)) == pytest.approx(
+        8, abs=0.6
+    )
 
 
 def test_corpora_are_apart():

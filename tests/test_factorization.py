@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 import jlora
-from benchmarks.matrices import SPECTRA, make_spiked
+from benchmarks.run.matrices import SPECTRA, make_spiked
 from jlora.factorization.orthonormal import householder, orthonormalize
 from jlora.factorization.svd import _randomized_svd
-from tests.accuracy import optimal_error, orthonormality, residual
-from tests.gallery import GALLERY
+from tests.helpers.accuracy import optimal_error, orthonormality, residual
+from tests.helpers.gallery import GALLERY
 
 X64 = jax.config.jax_enable_x64
 DTYPES = [jnp.float32, jnp.bfloat16, *([jnp.float64] if X64 else [])]
@@ -20,7 +20,9 @@ decompositions = pytest.mark.parametrize(
     [
         lambda a, rank: jlora.randomized_svd(a, rank, key=KEY),
         # Narrow blocks, so that even these small matrices go through the iterations.
-        lambda a, rank: jlora.randomized_svd(a, rank, key=KEY, block_size=4, num_passes=20),
+        lambda a, rank: jlora.randomized_svd(
+            a, rank, key=KEY, block_size=4, num_passes=20
+        ),
         lambda a, rank: jlora.randomized_svd(a, rank, key=KEY, method="subspace"),
         lambda a, rank: jlora.truncated_svd(a, rank),
     ],
@@ -73,10 +75,18 @@ def test_one_sketch_keeps_the_published_expectation(name):
     rank, oversampling = 8, 6
     errors = []
     for seed in range(20):
-        svd = jlora.randomized_svd(a, rank + oversampling, key=jax.random.key(seed), num_passes=2,
-                                   method="subspace", block_size=rank + oversampling)  # fmt: skip
+        svd = jlora.randomized_svd(
+            a,
+            rank + oversampling,
+            key=jax.random.key(seed),
+            num_passes=2,
+            method="subspace",
+            block_size=rank + oversampling,
+        )
         errors.append(residual(a, svd))
-    assert np.mean(errors) <= (1 + rank / (oversampling - 1)) ** 0.5 * optimal_error(a, rank)
+    assert np.mean(errors) <= (1 + rank / (oversampling - 1)) ** 0.5 * optimal_error(
+        a, rank
+    )
 
 
 def test_singular_values_of_a_small_known_matrix():
@@ -87,16 +97,39 @@ def test_singular_values_of_a_small_known_matrix():
     np.testing.assert_allclose(svd.s, s, rtol=1e-5)
     np.testing.assert_allclose(abs(svd.u), abs(u), atol=1e-5)
     np.testing.assert_allclose(abs(svd.vt), abs(vt), atol=1e-5)
-    np.testing.assert_allclose(abs(svd.u[:, 0]), [0.308219, 0.906133, 0.289695], atol=1e-5)
+    np.testing.assert_allclose(
+        abs(svd.u[:, 0]), [0.308219, 0.906133, 0.289695], atol=1e-5
+    )
 
 
 def test_singular_values_of_the_matrix_in_nvidias_examples():
     values = [
-        0.76420743, 0.61411544, 0.81724151, 0.42040879, 0.03446089, 0.03697287, 0.85962444,
-        0.67584086, 0.45594666, 0.02074835, 0.42018265, 0.39204509, 0.12657948, 0.90250559,
-        0.23076218, 0.50339844, 0.92974961, 0.21213988, 0.63962457, 0.58124562, 0.58325673,
-        0.11589871, 0.39831112, 0.21492685, 0.00540355,
-    ]  # fmt: skip
+        0.76420743,
+        0.61411544,
+        0.81724151,
+        0.42040879,
+        0.03446089,
+        0.03697287,
+        0.85962444,
+        0.67584086,
+        0.45594666,
+        0.02074835,
+        0.42018265,
+        0.39204509,
+        0.12657948,
+        0.90250559,
+        0.23076218,
+        0.50339844,
+        0.92974961,
+        0.21213988,
+        0.63962457,
+        0.58124562,
+        0.58325673,
+        0.11589871,
+        0.39831112,
+        0.21492685,
+        0.00540355,
+    ]
     a = jnp.array(values, jnp.float32).reshape(5, 5)
     known = [2.36539241, 0.81117785, 0.68562255, 0.41390509, 0.01519322]
     np.testing.assert_allclose(jlora.truncated_svd(a, 5).s, known, atol=1e-6)
@@ -128,7 +161,9 @@ def test_krylov_default_excess_error_over_ten_seeds(spectrum):
 
 
 @pytest.mark.parametrize("rank", [1, 5, 40])
-@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (1, 40), (40, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(40, 60), (60, 40), (1, 40), (40, 1), (1, 1)], ids=str
+)
 def test_every_rank_up_to_the_full_one(shape, rank):
     rank = min(rank, *shape)
     a = jnp.asarray(np.random.default_rng(2).standard_normal(shape), jnp.float32)
@@ -155,7 +190,9 @@ def test_batch_jit_and_vmap_equal_the_loop(decompose):
     for way in ways:
         for i, one in enumerate(loop):
             product = jnp.matmul(one.u * one.s[None], one.vt, precision="highest")
-            batch = jnp.matmul(way.u[i] * way.s[i][None], way.vt[i], precision="highest")
+            batch = jnp.matmul(
+                way.u[i] * way.s[i][None], way.vt[i], precision="highest"
+            )
             # Rounding differs between batched and single LAPACK and matrix products.
             np.testing.assert_allclose(batch, product, atol=2e-4)
 
@@ -192,11 +229,15 @@ def test_orthonormalize_spans_what_householder_spans(condition, scale):
     noise = jnp.asarray(rng.standard_normal((16, 500)), jnp.float32)
     basis = orthonormalize(y, noise)
     assert orthonormality(basis.mT) < 1e-5
-    left = np.asarray(y, np.float64) - (np.asarray(y) @ np.asarray(basis).T) @ np.asarray(basis)
+    left = np.asarray(y, np.float64) - (
+        np.asarray(y) @ np.asarray(basis).T
+    ) @ np.asarray(basis)
     # Dependent rows get 4 eps of noise, which hides what is smaller than that.
     assert np.linalg.norm(left) < 1e-5 * np.linalg.norm(y)
     if condition < 1e4:
-        overlap = np.linalg.svd(np.asarray(householder(y)) @ np.asarray(basis).T, compute_uv=False)
+        overlap = np.linalg.svd(
+            np.asarray(householder(y)) @ np.asarray(basis).T, compute_uv=False
+        )
         assert overlap.min() > 1 - 1e-3
 
 
@@ -211,8 +252,12 @@ def test_truncated_svd_gradient_is_exact():
         return jnp.sum(jnp.cos((u * s[None]) @ vt))
 
     step = 1e-6
-    slope = (captured(a + step * direction) - captured(a - step * direction)) / (2 * step)
-    np.testing.assert_allclose(jnp.vdot(jax.grad(captured)(a), direction), slope, rtol=1e-6)
+    slope = (captured(a + step * direction) - captured(a - step * direction)) / (
+        2 * step
+    )
+    np.testing.assert_allclose(
+        jnp.vdot(jax.grad(captured)(a), direction), slope, rtol=1e-6
+    )
 
 
 def test_randomized_svd_refuses_to_be_differentiated():
@@ -228,7 +273,10 @@ def test_randomized_svd_refuses_to_be_differentiated():
 @pytest.mark.parametrize("rank", [0, -1, 51])
 def test_rank_out_of_range(rank):
     a = jnp.ones((60, 50))
-    for decompose in (jlora.truncated_svd, lambda a, r: jlora.randomized_svd(a, r, key=KEY)):
+    for decompose in (
+        jlora.truncated_svd,
+        lambda a, r: jlora.randomized_svd(a, r, key=KEY),
+    ):
         with pytest.raises(ValueError, match=f"`rank` must be at .*, got {rank}"):
             decompose(a, rank)
 
@@ -240,7 +288,9 @@ def test_rank_of_the_wrong_kind(rank):
 
 
 def test_traced_rank():
-    with pytest.raises(TypeError, match=r"`rank` must be a static .*static_argnames='rank'"):
+    with pytest.raises(
+        TypeError, match=r"`rank` must be a static .*static_argnames='rank'"
+    ):
         jax.jit(jlora.truncated_svd)(jnp.ones((4, 4)), 2)
 
 
@@ -249,13 +299,20 @@ def test_traced_rank():
     [
         (jnp.ones(4), ValueError, r"at least 2 axes, got shape \(4,\)"),
         (jnp.ones((4, 4), jnp.int32), TypeError, "real floating dtype, got int32"),
-        (jnp.ones((4, 4), jnp.complex64), TypeError, "real floating dtype, got complex64"),
+        (
+            jnp.ones((4, 4), jnp.complex64),
+            TypeError,
+            "real floating dtype, got complex64",
+        ),
         (jnp.ones((0, 4)), ValueError, "at least one row and one column"),
         ([[1.0]], TypeError, "NumPy or JAX array, got list"),
     ],
 )
 def test_bad_matrix(a, error, text):
-    for decompose in (jlora.truncated_svd, lambda a, r: jlora.randomized_svd(a, r, key=KEY)):
+    for decompose in (
+        jlora.truncated_svd,
+        lambda a, r: jlora.randomized_svd(a, r, key=KEY),
+    ):
         with pytest.raises(error, match=text):
             decompose(a, 1)
 
@@ -265,10 +322,18 @@ def test_bad_matrix(a, error, text):
     [
         ({"key": 0}, TypeError, "`key` must be a typed PRNG key"),
         ({"key": jax.random.split(KEY)}, ValueError, "`key` must be a single key"),
-        ({"key": KEY, "method": "magic"}, ValueError, "`method` must be one of 'krylov'"),
+        (
+            {"key": KEY, "method": "magic"},
+            ValueError,
+            "`method` must be one of 'krylov'",
+        ),
         ({"key": KEY, "num_passes": 1}, ValueError, "`num_passes` must be at least 2"),
         ({"key": KEY, "block_size": 51}, ValueError, "`block_size` must be at most 50"),
-        ({"key": KEY, "block_size": 1, "num_passes": 4}, ValueError, "at least rank = 4 columns"),
+        (
+            {"key": KEY, "block_size": 1, "num_passes": 4},
+            ValueError,
+            "at least rank = 4 columns",
+        ),
     ],
 )
 def test_bad_settings(kwargs, error, text):
@@ -276,13 +341,13 @@ def test_bad_settings(kwargs, error, text):
         jlora.randomized_svd(jnp.ones((60, 50)), 4, **kwargs)
 
 
-@pytest.mark.parametrize("how", ["balanced", "left", "right"])
-def test_split_svd_keeps_the_product(how):
+@pytest.mark.parametrize("absorb", ["both", "balanced", "left", "right"])
+def test_split_svd_keeps_the_product(absorb):
     a = jax.random.normal(KEY, (2, 20, 15), jnp.float32)
     svd = jlora.truncated_svd(a, 15)
-    u, v = jlora.split_svd(svd, how)
+    u, v = jlora.split_svd(svd, absorb)
     np.testing.assert_allclose(jnp.matmul(u, v, precision="highest"), a, atol=1e-5)
-    with pytest.raises(ValueError, match="`how` must be one of"):
+    with pytest.raises(ValueError, match="`absorb` must be one of"):
         jlora.split_svd(svd, "middle")
     with pytest.raises(TypeError, match="`svd` must be a triple"):
         jlora.split_svd(a)

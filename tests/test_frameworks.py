@@ -12,8 +12,8 @@ import pytest
 
 import jlora
 from benchmarks.models import minilm
-from jlora.adaptation.initialize import INITIALIZATIONS
-from jlora.adaptation.weights import list_leaves
+from jlora.adaptation.paths import list_leaves
+from jlora.initializers.from_weight import INITIALIZATIONS
 
 # The libraries themselves mix dtypes; Linen's layers add vectors to stacks of rows.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -38,7 +38,7 @@ class Model(NamedTuple):
 
 
 def rule(pattern, layout="io"):
-    return jlora.Rule(pattern, 2, layout=layout, part="uv")
+    return jlora.Rule(pattern, 2, layout=layout, trainable="uv")
 
 
 def make_linen():
@@ -47,7 +47,9 @@ def make_linen():
     class Block(nn.Module):
         @nn.compact
         def __call__(self, x, _):
-            x = x + nn.MultiHeadDotProductAttention(2, name="attention")(nn.LayerNorm()(x))
+            x = x + nn.MultiHeadDotProductAttention(2, name="attention")(
+                nn.LayerNorm()(x)
+            )
             return x + nn.gelu(nn.Dense(8, name="dense")(nn.LayerNorm()(x))), None
 
     class Encoder(nn.Module):
@@ -55,13 +57,22 @@ def make_linen():
         def __call__(self, ids):
             x = nn.Embed(11, 8, name="embed")(ids)
             x = x + nn.Conv(8, (3,), name="conv")(x)
-            layers = nn.scan(nn.remat(Block), variable_axes={"params": 0},
-                             split_rngs={"params": True}, length=2)  # fmt: skip
+            layers = nn.scan(
+                nn.remat(Block),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=2,
+            )
             return nn.Dense(8, name="head")(layers(name="layers")(x, None)[0])
 
     model = Encoder()
-    rules = [rule("attention/(query|key|value)", "bioo"), rule("attention/out", "biio"),
-             rule("layers", "bio"), rule("conv", "iio"), rule(".*")]  # fmt: skip
+    rules = [
+        rule("attention/(query|key|value)", "bioo"),
+        rule("attention/out", "biio"),
+        rule("layers", "bio"),
+        rule("conv", "iio"),
+        rule(".*"),
+    ]
     return Model(model.init(jax.random.key(0), IDS), model.apply, rules, 8)
 
 
@@ -82,8 +93,12 @@ def make_nnx():
             return self.head(nnx.gelu(self.norm(x + self.attention(x))))
 
     graph, state = nnx.split(Encoder(nnx.Rngs(0)))
-    rules = [rule("attention/(query|key|value)", "ioo"), rule("attention/out", "iio"),
-             rule("conv", "iiio"), rule("/value$")]  # fmt: skip
+    rules = [
+        rule("attention/(query|key|value)", "ioo"),
+        rule("attention/out", "iio"),
+        rule("conv", "iiio"),
+        rule("/value$"),
+    ]
     return Model(state, lambda state, ids: nnx.merge(graph, state)(ids), rules, 7)
 
 
@@ -103,9 +118,11 @@ def make_module():
 
     keys = jax.random.split(jax.random.key(0), 3)
     module = Encoder(
-        eqx.nn.Embedding(11, 8, key=keys[0]), eqx.nn.MultiheadAttention(2, 8, key=keys[1]),
-        eqx.nn.LayerNorm(8), eqx.nn.MLP(8, 8, 16, 1, key=keys[2]),
-    )  # fmt: skip
+        eqx.nn.Embedding(11, 8, key=keys[0]),
+        eqx.nn.MultiheadAttention(2, 8, key=keys[1]),
+        eqx.nn.LayerNorm(8),
+        eqx.nn.MLP(8, 8, 16, 1, key=keys[2]),
+    )
     return module, [rule("embed"), rule(".*", "oi")]
 
 
@@ -113,7 +130,9 @@ def make_equinox():
     module, rules = make_module()
     eqx = pytest.importorskip("equinox")
     params, static = eqx.partition(module, eqx.is_array)
-    return Model(params, lambda params, ids: jax.vmap(eqx.combine(params, static))(ids), rules, 7)
+    return Model(
+        params, lambda params, ids: jax.vmap(eqx.combine(params, static))(ids), rules, 7
+    )
 
 
 def make_names():
@@ -123,8 +142,10 @@ def make_names():
     for layer in layers:
         shapes |= {f"{layer}{name}_proj.weight": (8, 8) for name in "qo"}
         shapes[f"{layer}o_proj.bias"] = (8,)
-    params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) / 3
-              for name, shape in shapes.items()}  # fmt: skip
+    params = {
+        name: jnp.asarray(rng.normal(size=shape), jnp.float32) / 3
+        for name, shape in shapes.items()
+    }
 
     def apply(params, ids):
         table = params["model.embed_tokens.weight"]
@@ -146,17 +167,23 @@ def adapt(make):
 
 
 def assert_close(found, expected):
-    np.testing.assert_allclose(found, expected, rtol=0, atol=CLOSE * np.abs(expected).max())
+    np.testing.assert_allclose(
+        found, expected, rtol=0, atol=CLOSE * np.abs(expected).max()
+    )
 
 
-every_kind = pytest.mark.parametrize("make", [make_linen, make_nnx, make_equinox, make_names])
+every_kind = pytest.mark.parametrize(
+    "make", [make_linen, make_nnx, make_equinox, make_names]
+)
 
 
 @every_kind
 def test_biases_and_norms_are_left_alone_and_named(make):
     model, plan, _ = adapt(make)
     assert len(plan.entries) == model.num_weights
-    left = {path for path, _ in list_leaves(model.params)} - {entry.path for entry in plan.entries}
+    left = {path for path, _ in list_leaves(model.params)} - {
+        entry.path for entry in plan.entries
+    }
     assert {path for path, _ in plan.skipped} == left
     assert all(re.search("norm|bias", path.lower()) for path in left)
 
@@ -184,7 +211,9 @@ def test_lifted_model_has_the_output_and_gradients_of_the_merged_one(make):
             result = model.apply(params, IDS)
             return jnp.sum(jnp.sin(result)), result
 
-        gradient = jax.grad(lambda part: way(loss)(jlora.join(part, frozen)), has_aux=True)
+        gradient = jax.grad(
+            lambda part: way(loss)(jlora.join(part, frozen)), has_aux=True
+        )
         return jax.jit(gradient)(trainable)
 
     gradients, result = differentiate(jlora.lift)
@@ -202,7 +231,9 @@ def test_fit_trains_a_lifted_loss(make):
     def loss(params, ids):
         return jnp.mean((model.apply(params, ids) - 1) ** 2)
 
-    result = jlora.fit(jlora.lift(loss), adapted, optax.adam(0.03), [IDS] * 5, progress=False)
+    result = jlora.fit(
+        jlora.lift(loss), adapted, optax.adam(0.03), [IDS] * 5, progress=False
+    )
     assert result.losses[-1] < 0.9 * result.losses[0]
 
 
@@ -222,8 +253,13 @@ def test_equinox_module_is_lifted_itself_as_argument_and_as_function():
 
 
 # All that start from the weight as it is: quantised bases and "difference" change it.
-KEEPING = [init for init in INITIALIZATIONS if init not in ("loftq", "qpissa", "difference")]
-STARTS = [("pissa", "words"), *((init, "layers/0/attention/(query|out)/w$") for init in KEEPING)]
+KEEPING = [
+    init for init in INITIALIZATIONS if init not in ("loftq", "qpissa", "difference")
+]
+STARTS = [
+    ("pissa", "words"),
+    *((init, "layers/0/attention/(query|out)/w$") for init in KEEPING),
+]
 embed = jax.jit(minilm.embed_sentences)
 embed_lifted = jax.jit(jlora.lift(minilm.embed_sentences))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora.adaptation.initialize import INITIALIZATIONS
+from jlora.initializers.from_weight import INITIALIZATIONS
 
 KEY = jax.random.key(0)
 M, N, R = 20, 14, 4  # of nearly every matrix here: few programs
@@ -28,13 +28,19 @@ W = draw(28, 3, M, N)  # in loftq and qpissa no number is near the middle of two
 FINE_TUNED = W + draw(1, 3, M, N)
 GRADIENT, ACTIVATIONS = draw(2, 3, M, N), draw(3, 3, 30, M)
 INPUTS = draw(4, 3, 10, M)  # fewer than M, so that their second moments are singular
-DATA = {"corda": INPUTS.mT @ INPUTS, "eva": ACTIVATIONS, "lora_ga": GRADIENT,
-        "difference": FINE_TUNED}  # fmt: skip
+DATA = {
+    "corda": INPUTS.mT @ INPUTS,
+    "eva": ACTIVATIONS,
+    "lora_ga": GRADIENT,
+    "difference": FINE_TUNED,
+}
 
 
 def adapt(w, init, data=None, *, rank=R, **settings):
     plan = jlora.make_plan({"w": w}, jlora.Rule("w", rank, init=init, **settings))
-    return jlora.adapt({"w": w}, plan, key=KEY, data=None if data is None else {"w": data})["w"]
+    return jlora.adapt(
+        {"w": w}, plan, key=KEY, data=None if data is None else {"w": data}
+    )["w"]
 
 
 def to_float32(a):
@@ -51,7 +57,7 @@ def find_product(found):
     u, v = to_float64(found.u, found.v)
     if found.core is not None:
         core = to_float64(found.core)
-        v = core[..., None] * v if found.part == "s" else core @ v
+        v = core[..., None] * v if found.trainable == "s" else core @ v
     return float(found.scale) * u @ v
 
 
@@ -61,12 +67,14 @@ def truncate(a, rank):
 
 
 def round_nf4(w):
-    return to_float64(jax.jit(jlora.quantize_nf4)(to_float32(w)))
+    return to_float64(jax.jit(jlora.quantization.quantize_nf4)(to_float32(w)))
 
 
 def orient(vectors, found):
     """Return columns with the signs of those found."""
-    return vectors * np.sign(np.sum(vectors * to_float64(found), axis=-2, keepdims=True))
+    return vectors * np.sign(
+        np.sum(vectors * to_float64(found), axis=-2, keepdims=True)
+    )
 
 
 def find_formula(init, found):
@@ -97,13 +105,21 @@ def find_formula(init, found):
     return W - product, product
 
 
-LAYOUTS = {"io": (0, 1, 2), "oi": (0, 2, 1), "iob": (1, 2, 0)}  # the order of the axes of W
+LAYOUTS = {
+    "io": (0, 1, 2),
+    "oi": (0, 2, 1),
+    "iob": (1, 2, 0),
+}  # the order of the axes of W
 
 
-@pytest.mark.parametrize(("init", "layout", "scale"), [
-    *((init, "io", 0.5) for init in INITIALIZATIONS),
-    *((init, "iob", -2.0) for init in INITIALIZATIONS), *((init, "oi", 1.0) for init in DATA),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("init", "layout", "scale"),
+    [
+        *((init, "io", 0.5) for init in INITIALIZATIONS),
+        *((init, "iob", -2.0) for init in INITIALIZATIONS),
+        *((init, "oi", 1.0) for init in DATA),
+    ],
+)
 def test_base_and_product_are_those_of_the_formula(init, layout, scale):
     order, back, data = LAYOUTS[layout], np.argsort(LAYOUTS[layout]), DATA.get(init)
     if init in ("lora_ga", "difference"):  # these lie as the weight does
@@ -121,18 +137,25 @@ def test_base_and_product_are_those_of_the_formula(init, layout, scale):
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25, -2.0])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__
+)
 @pytest.mark.parametrize("init", KEEPING)
 def test_adapt_keeps_the_weights_and_merge_restores_them(init, dtype, scale):
     w = jnp.asarray(W, dtype)
-    params = {"layers": [{"q": w[0], "bias": w[0, 0]}, {"q": w[1]}], "stack": w,
-              "counter": jnp.arange(3, dtype=jnp.int32)}  # fmt: skip
+    params = {
+        "layers": [{"q": w[0], "bias": w[0, 0]}, {"q": w[1]}],
+        "stack": w,
+        "counter": jnp.arange(3, dtype=jnp.int32),
+    }
     x = jnp.asarray(DATA.get(init, 0), dtype)
     data = {"layers": [{"q": x[0]}, {"q": x[1]}], "stack": x} if init in DATA else None
     plan = jlora.make_plan(params, jlora.Rule("q|stack", R, init=init, scale=scale))
     adapted = jlora.adapt(params, plan, key=KEY, data=data)
     merged = jlora.merge(adapted)
-    assert jax.eval_shape(lambda tree: tree, merged) == jax.eval_shape(lambda tree: tree, params)
+    assert jax.eval_shape(lambda tree: tree, merged) == jax.eval_shape(
+        lambda tree: tree, params
+    )
     assert adapted["counter"] is params["counter"]
     assert adapted["layers"][0]["bias"] is params["layers"][0]["bias"]
     for take in (lambda tree: tree["layers"][1]["q"], lambda tree: tree["stack"]):
@@ -141,7 +164,9 @@ def test_adapt_keeps_the_weights_and_merge_restores_them(init, dtype, scale):
         old, base, new, u, v = to_float64(old, found.base, new, *found.factors)
         # The base and the sum are rounded once, to half an eps; what is multiplied, in float32.
         rounding = float(jnp.finfo(dtype).eps) / 2 * (abs(base) + abs(new)) * 1.01
-        assert np.all(abs(new - old) <= rounding + 1e-6 * abs(scale) * (abs(u) @ abs(v)))
+        assert np.all(
+            abs(new - old) <= rounding + 1e-6 * abs(scale) * (abs(u) @ abs(v))
+        )
 
 
 @pytest.mark.parametrize(("init", "scale"), [("svf", -2.0), ("lora_xs", 0.25)])
@@ -150,7 +175,9 @@ def test_the_singular_values_lie_apart_or_with_v(init, scale):
     u, s, vt = np.linalg.svd(W, full_matrices=False)
     u, s, v = u[..., :R], s[:, :R], vt[:, :R].mT
     np.testing.assert_allclose(found.u, orient(u, found.u), atol=1e-5)
-    v = v * np.sign(np.sum(u * to_float64(found.u), axis=-2))[:, None]  # of the same sign as u
+    v = (
+        v * np.sign(np.sum(u * to_float64(found.u), axis=-2))[:, None]
+    )  # of the same sign as u
     v = v if init == "svf" else v * s[:, None]
     np.testing.assert_allclose(found.v.mT, v, atol=1e-5)
     core = s / scale if init == "svf" else np.zeros((3, R, R))
@@ -169,22 +196,30 @@ def test_a_core_of_zeros_has_the_gradient_of_its_product():
     u, v, x, target = to_float64(frozen["w"].u, frozen["w"].v, x, target)
     expected = 0.25 * (x @ u).T @ target @ v.T
     assert np.max(abs(expected)) > 0.01
-    np.testing.assert_allclose(found, expected, atol=1e-6)  # sums of ten numbers of float32
+    np.testing.assert_allclose(
+        found, expected, atol=1e-6
+    )  # sums of ten numbers of float32
 
 
 def test_a_core_beside_factors_that_need_none_is_one():
-    core = adapt(to_float32(W), "pissa", part="core").core
+    core = adapt(to_float32(W), "pissa", trainable="core").core
     np.testing.assert_array_equal(core, np.tile(np.eye(R), (3, 1, 1)))
-    np.testing.assert_array_equal(adapt(to_float32(W), "pissa", part="s").core, np.ones((3, R)))
+    np.testing.assert_array_equal(
+        adapt(to_float32(W), "pissa", trainable="s").core, np.ones((3, R))
+    )
 
 
-@pytest.mark.parametrize("num_inputs", [10, 50])  # singular second moments, and regular ones
+@pytest.mark.parametrize(
+    "num_inputs", [10, 50]
+)  # singular second moments, and regular ones
 def test_corda_leaves_the_least_error_of_the_outputs(num_inputs):
     w, x = W[0], draw(6, num_inputs, M)
     product = find_product(adapt(to_float32(w), "corda", to_float32(7 * x.T @ x)))
     best = np.linalg.norm(np.linalg.svd(x @ w)[1][R:])
     found = np.linalg.norm(x @ (w - product))
-    np.testing.assert_allclose(found, best, rtol=1e-5)  # of second order in float32's rounding
+    np.testing.assert_allclose(
+        found, best, rtol=1e-5
+    )  # of second order in float32's rounding
     assert found < 0.9 * np.linalg.norm(x @ (w - truncate(w, R)))
     unit = find_product(adapt(to_float32(w), "corda", jnp.eye(M, dtype=jnp.float32)))
     np.testing.assert_allclose(unit, truncate(w, R), atol=1e-5)
@@ -214,41 +249,63 @@ def test_lora_is_uniform_and_another_for_each_matrix():
     np.testing.assert_allclose(jitted.u, found.u, atol=1e-6)
 
 
-@pytest.mark.parametrize(("init", "quantize"), [
-    ("loftq", jlora.quantize_nf4), ("qpissa", jlora.quantize_nf4), ("loftq", jlora.quantize_int8),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("init", "quantize"),
+    [
+        ("loftq", jlora.quantization.quantize_nf4),
+        ("qpissa", jlora.quantization.quantize_nf4),
+        ("loftq", jlora.quantization.quantize_int8),
+    ],
+)
 def test_a_quantised_base_leaves_the_less_the_more_rank_and_rounds(init, quantize):
     settings, errors = [(R, 1), (8, 1), (R, 5)], {}
     for rank, num_rounds in settings:
-        found = adapt(to_float32(W), init, rank=rank, num_rounds=num_rounds, quantize=quantize)
+        found = adapt(
+            to_float32(W), init, rank=rank, num_rounds=num_rounds, quantize=quantize
+        )
         np.testing.assert_allclose(jax.jit(quantize)(found.base), found.base, rtol=1e-6)
         difference = W - to_float64(found.base) - find_product(found)
         errors[rank, num_rounds] = np.linalg.norm(difference, axis=(-2, -1))
-    plain = np.linalg.norm(W - to_float64(jax.jit(quantize)(to_float32(W))), axis=(-2, -1))
+    plain = np.linalg.norm(
+        W - to_float64(jax.jit(quantize)(to_float32(W))), axis=(-2, -1)
+    )
     assert np.all(errors[R, 1] < plain)
     assert np.all(errors[R, 1] > errors[8, 1])
     # Not of each matrix: levels move with a block's largest. On average a tenth less and more.
     assert np.mean(errors[R, 5]) < np.mean(errors[R, 1])
 
 
-@pytest.mark.parametrize(("init", "where"), [
-    *((init, "w") for init in INITIALIZATIONS), *((init, "data") for init in DATA),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("init", "where"),
+    [*((init, "w") for init in INITIALIZATIONS), *((init, "data") for init in DATA)],
+)
 def test_nan_is_refused_with_the_path(init, where):
     w, data = W[0].copy(), DATA[init][0].copy() if init in DATA else None
     (w if where == "w" else data)[-1, -2] = np.nan
     named = "w" if where == "w" else r"data\['w'\]"
-    with pytest.raises(ValueError, match=f"`{named}` must be finite, got 1 NaN or Inf among"):
+    with pytest.raises(
+        ValueError, match=f"`{named}` must be finite, got 1 NaN or Inf among"
+    ):
         adapt(to_float32(w), init, to_float32(data))
 
 
-@pytest.mark.parametrize(("dtype", "data_dtype"), [(np.float32, WIDE), (WIDE, np.float32)])
+@pytest.mark.parametrize(
+    ("dtype", "data_dtype"), [(np.float32, WIDE), (WIDE, np.float32)]
+)
 @pytest.mark.parametrize("init", list(DATA))
-def test_data_of_another_dtype_does_not_change_that_of_the_factors(init, dtype, data_dtype):
-    found = adapt(jnp.asarray(W[0], dtype), init, jnp.asarray(DATA[init][0], data_dtype))
-    assert {part.dtype for part in (found.base, *found.factors, found.scale)} == {jnp.dtype(dtype)}
+def test_data_of_another_dtype_does_not_change_that_of_the_factors(
+    init, dtype, data_dtype
+):
+    found = adapt(
+        jnp.asarray(W[0], dtype), init, jnp.asarray(DATA[init][0], data_dtype)
+    )
+    assert {part.dtype for part in (found.base, *found.factors, found.scale)} == {
+        jnp.dtype(dtype)
+    }
     target = W + truncate(FINE_TUNED - W, R) if init == "difference" else W
-    np.testing.assert_allclose(to_float64(found.base) + find_product(found), target[0], atol=1e-5)
+    np.testing.assert_allclose(
+        to_float64(found.base) + find_product(found), target[0], atol=1e-5
+    )
 
 
 def find_nf4_levels():
@@ -259,26 +316,39 @@ def find_nf4_levels():
     return np.array(sorted([*below, 0.0, *above])) / above[0]
 
 
-QUANTIZERS = {"int8": (jlora.quantize_int8, np.arange(-127, 128) / 127, 1 / 254),
-              "nf4": (jlora.quantize_nf4, find_nf4_levels(), 0.152)}  # fmt: skip
+QUANTIZERS = {
+    "int8": (jlora.quantization.quantize_int8, np.arange(-127, 128) / 127, 1 / 254),
+    "nf4": (jlora.quantization.quantize_nf4, find_nf4_levels(), 0.152),
+}
 
 
-@pytest.mark.parametrize("settings", [{}, {"block_size": 8}], ids=str)  # 20 is no multiple of 8
+@pytest.mark.parametrize(
+    "settings", [{}, {"block_size": 8}], ids=str
+)  # 20 is no multiple of 8
 @pytest.mark.parametrize("name", list(QUANTIZERS))
 def test_each_number_goes_to_the_nearest_level_of_its_block(name, settings):
     quantize, levels, most = QUANTIZERS[name]
     quantize = jax.jit(functools.partial(quantize, **settings))
     found, size = quantize(to_float32(W)), settings.get("block_size", M)
     for start in range(0, M, size):
-        old, new = W[:, start : start + size], to_float64(found)[:, start : start + size]
+        old, new = (
+            W[:, start : start + size],
+            to_float64(found)[:, start : start + size],
+        )
         largest = np.max(abs(old), axis=1, keepdims=True)
         nearest = np.min(abs(old[..., None] - levels * largest[..., None]), axis=-1)
-        np.testing.assert_allclose(abs(new - old), nearest, atol=1e-6)  # rounding of float32
-        assert np.all(abs(new - old) <= most * largest * (1 + 1e-4))  # as the docstring says
+        np.testing.assert_allclose(
+            abs(new - old), nearest, atol=1e-6
+        )  # rounding of float32
+        assert np.all(
+            abs(new - old) <= most * largest * (1 + 1e-4)
+        )  # as the docstring says
     np.testing.assert_allclose(quantize(found), found, rtol=1e-6)
     halved = quantize(jnp.asarray(W, jnp.bfloat16))
     assert halved.dtype == jnp.bfloat16
-    np.testing.assert_allclose(*to_float64(quantize(halved), halved), rtol=2**-7)  # two roundings
+    np.testing.assert_allclose(
+        *to_float64(quantize(halved), halved), rtol=2**-7
+    )  # two roundings
 
 
 @pytest.mark.parametrize("name", list(QUANTIZERS))
@@ -290,11 +360,17 @@ def test_a_block_that_is_zero_or_not_finite_touches_no_other(name):
     np.testing.assert_array_equal(quantize(to_float32(w)), expected)
 
 
-@pytest.mark.parametrize("quantize", [jlora.quantize_int8, jlora.quantize_nf4])
+@pytest.mark.parametrize(
+    "quantize", [jlora.quantization.quantize_int8, jlora.quantization.quantize_nf4]
+)
 def test_quantisers_refuse_what_is_no_matrix_and_no_block(quantize):
-    with pytest.raises(TypeError, match="`w` must have a real floating dtype, got int32"):
+    with pytest.raises(
+        TypeError, match="`w` must have a real floating dtype, got int32"
+    ):
         quantize(jnp.ones((3, 2), jnp.int32))
-    with pytest.raises(ValueError, match=r"`w` must have at least 2 axes, got shape \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"`w` must have at least 2 axes, got shape \(3,\)"
+    ):
         quantize(jnp.ones(3, jnp.float32))
     with pytest.raises(ValueError, match="`block_size` must be at least 1, got 0"):
         quantize(jnp.ones((3, 2), jnp.float32), 0)

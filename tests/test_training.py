@@ -30,8 +30,10 @@ def mean_square(params, batch):
 
 @pytest.mark.parametrize("part", ["v", "u", "uv"])
 def test_fit_trains_the_part_and_leaves_the_rest_bit_identical(part):
-    adapted, batch = make_problem(jlora.Rule("w", 4, part=part))
-    result = jlora.fit(mean_square, adapted, optax.adam(0.05), [batch] * 100, progress=False)
+    adapted, batch = make_problem(jlora.Rule("w", 4, trainable=part))
+    result = jlora.fit(
+        mean_square, adapted, optax.adam(0.05), [batch] * 100, progress=False
+    )
     assert result.losses[-1] < 0.5 * result.losses[0]
     assert result.stop_reason is None
     old, new = adapted["w"], result.adapted["w"]
@@ -42,17 +44,19 @@ def test_fit_trains_the_part_and_leaves_the_rest_bit_identical(part):
 
 
 def test_full_rank_v_reaches_the_least_squares_optimum():
-    adapted, batch = make_problem(jlora.Rule("w", 6, part="uv"))
+    adapted, batch = make_problem(jlora.Rule("w", 6, trainable="uv"))
     adam = optax.adam(optax.cosine_decay_schedule(0.05, 800))
     result = jlora.fit(mean_square, adapted, adam, [batch] * 800, progress=False)
     assert result.losses[-1] < 1e-4
 
 
 def test_columns_train_only_the_last_ones():
-    adapted, batch = make_problem(jlora.Rule("w", 6, columns=2))
+    adapted, batch = make_problem(jlora.Rule("w", 6, num_columns=2))
     state, _ = jlora.init_train(adapted, optax.adam(0.1))
-    assert jlora.measure_cost(state) == (12, 2 * 12 * 4 + 4)
-    result = jlora.fit(mean_square, adapted, optax.adam(0.1), [batch] * 20, progress=False)
+    assert jlora.training.measure_cost(state) == (12, 2 * 12 * 4 + 4)
+    result = jlora.fit(
+        mean_square, adapted, optax.adam(0.1), [batch] * 20, progress=False
+    )
     assert bool((result.adapted["w"].v[:, :4] == adapted["w"].v[:, :4]).all())
     assert not bool((result.adapted["w"].v[:, 4:] == adapted["w"].v[:, 4:]).any())
 
@@ -101,17 +105,23 @@ def test_fit_stops_at_a_loss_that_is_not_finite(log_every, capsys):
     arguments = {"progress": False, "log_every": log_every}
     # One optimiser for both: the factors are to be the same bits.
     adam = optax.adam(0.01)
-    stopped = jlora.fit(mean_square, adapted, adam, [*good_steps, bad, (x, y)], **arguments)
+    stopped = jlora.fit(
+        mean_square, adapted, adam, [*good_steps, bad, (x, y)], **arguments
+    )
     assert "the loss became nan at step 6" in stopped.stop_reason
     assert "the loss became nan at step 6" in capsys.readouterr().err
     assert len(stopped.losses) == 6
-    last_good = jlora.fit(mean_square, adapted, adam, good_steps[:4], **arguments).adapted
+    last_good = jlora.fit(
+        mean_square, adapted, adam, good_steps[:4], **arguments
+    ).adapted
     assert bool((stopped.adapted["w"].v == last_good["w"].v).all())
 
 
 def test_a_diverging_run_keeps_finite_factors():
     adapted, batch = make_problem()
-    result = jlora.fit(mean_square, adapted, optax.sgd(1e4), [batch] * 200, progress=False)
+    result = jlora.fit(
+        mean_square, adapted, optax.sgd(1e4), [batch] * 200, progress=False
+    )
     assert result.stop_reason is not None
     assert bool(jnp.isfinite(mean_square(result.adapted, batch)))
 
@@ -129,9 +139,11 @@ def test_evaluate_loss_is_the_mean():
     adapted, (x, y) = make_problem()
     batches = [(x, y), (x, 2 * y)]
     expected = np.mean([float(mean_square(adapted, batch)) for batch in batches])
-    assert jlora.evaluate_loss(mean_square, adapted, batches) == pytest.approx(expected, rel=1e-6)
+    assert jlora.training.evaluate_loss(mean_square, adapted, batches) == pytest.approx(
+        expected, rel=1e-6
+    )
     with pytest.raises(ValueError, match="`batches` must hold at least one"):
-        jlora.evaluate_loss(mean_square, adapted, [])
+        jlora.training.evaluate_loss(mean_square, adapted, [])
 
 
 def test_fit_refuses():

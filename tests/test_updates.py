@@ -5,13 +5,19 @@ import pytest
 
 import jlora
 
-DTYPES = [jnp.float32, jnp.bfloat16, *([jnp.float64] if jax.config.jax_enable_x64 else [])]
+DTYPES = [
+    jnp.float32,
+    jnp.bfloat16,
+    *([jnp.float64] if jax.config.jax_enable_x64 else []),
+]
 
 
 def make_factors(m, n, r, dtype=jnp.float32, batch=()):
     keys = jax.random.split(jax.random.key(0), 2)
     u = jax.random.normal(keys[0], (*batch, m, r), jnp.float32).astype(dtype)
-    return jlora.Factors(u, jax.random.normal(keys[1], (*batch, r, n), jnp.float32).astype(dtype))
+    return jlora.Factors(
+        u, jax.random.normal(keys[1], (*batch, r, n), jnp.float32).astype(dtype)
+    )
 
 
 def product(factors):
@@ -19,14 +25,18 @@ def product(factors):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
-@pytest.mark.parametrize("shape", [(40, 30, 8), (30, 40, 8), (6, 40, 8), (1, 5, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(40, 30, 8), (30, 40, 8), (6, 40, 8), (1, 5, 3)], ids=str
+)
 def test_recompress_is_the_best_approximation(dtype, shape):
     factors = make_factors(*shape, dtype, batch=(2,))
     rank = min(4, *shape)
     svd = jlora.recompress(factors, rank)
     u, s, vt = np.linalg.svd(product(factors), full_matrices=False)
     best = (u * s[:, None])[..., :rank] @ vt[:, :rank]
-    found = (np.asarray(svd.u, np.float64) * np.asarray(svd.s)[:, None]) @ np.asarray(svd.vt)
+    found = (np.asarray(svd.u, np.float64) * np.asarray(svd.s)[:, None]) @ np.asarray(
+        svd.vt
+    )
     np.testing.assert_allclose(found, best, atol=2e-5 * s.max())
     np.testing.assert_allclose(svd.s, s[:, :rank], rtol=1e-5, atol=1e-5 * s.max())
 
@@ -36,7 +46,7 @@ def test_recompress_is_the_best_approximation(dtype, shape):
 def test_balance_keeps_the_product_and_evens_the_sides(shape, scale):
     factors = make_factors(*shape)
     factors = factors._replace(u=factors.u * scale)
-    balanced = jlora.balance(factors)
+    balanced = jlora.updates.balance(factors)
     assert [part.shape for part in balanced] == [part.shape for part in factors]
     size = np.abs(product(factors)).max()
     np.testing.assert_allclose(product(balanced), product(factors), atol=1e-5 * size)
@@ -60,19 +70,22 @@ def test_recompress_gradient_jit_and_vmap():
     np.testing.assert_allclose(gradient.v, 2 * u.T @ best, rtol=1e-3, atol=1e-3)
     batch = make_factors(12, 9, 4, batch=(3,))
     mapped = jax.vmap(lambda f: jlora.recompress(f, 2).s)(batch)
-    np.testing.assert_allclose(mapped, jax.jit(jlora.recompress, static_argnums=1)(batch, 2).s,
-                               rtol=1e-5)  # fmt: skip
+    np.testing.assert_allclose(
+        mapped, jax.jit(jlora.recompress, static_argnums=1)(batch, 2).s, rtol=1e-5
+    )
 
 
 def test_nan_in_a_factor_gives_nan_for_that_matrix_alone():
     factors = make_factors(12, 9, 4, batch=(2,))
     bad = factors._replace(u=factors.u.at[0, 3, 1].set(jnp.nan))
-    for result in (jlora.recompress(bad, 2), jlora.balance(bad)):
+    for result in (jlora.recompress(bad, 2), jlora.updates.balance(bad)):
         assert all(bool(jnp.isnan(part[0]).all()) for part in result)
         assert all(bool(jnp.isfinite(part[1]).all()) for part in result)
 
 
-@pytest.mark.parametrize("columns", [2, slice(1, 3), [0, -1], np.array([4, 2])], ids=str)
+@pytest.mark.parametrize(
+    "columns", [2, slice(1, 3), [0, -1], np.array([4, 2])], ids=str
+)
 def test_set_columns_changes_these_alone(columns):
     factors = make_factors(6, 5, 3, batch=(2,))
     values = jnp.full((3, 2), 7.0)
@@ -111,10 +124,16 @@ def test_set_columns_refuses(columns, shape, error, text):
 
 def test_factors_that_do_not_fit():
     bad = jlora.Factors(jnp.ones((4, 3)), jnp.ones((2, 5)))
-    for call in (jlora.balance, lambda f: jlora.recompress(f, 1), jlora.reconstruct):
-        with pytest.raises(ValueError, match=r"`factors` must have u .* \(4, 3\) and \(2, 5\)"):
+    for call in (
+        jlora.updates.balance,
+        lambda f: jlora.recompress(f, 1),
+        jlora.reconstruct,
+    ):
+        with pytest.raises(
+            ValueError, match=r"`factors` must have u .* \(4, 3\) and \(2, 5\)"
+        ):
             call(bad)
     with pytest.raises(TypeError, match="`factors` must be a pair"):
-        jlora.balance(jnp.ones((4, 4)))
+        jlora.updates.balance(jnp.ones((4, 4)))
     with pytest.raises(ValueError, match="`rank` must be at most 3, got 4"):
         jlora.recompress(make_factors(6, 5, 3), 4)

@@ -18,14 +18,21 @@ NUM_LAYERS = 6
 # What config.json says and no shape tells: heads, and what layer norms add to the variance.
 NUM_HEADS, EPSILON = 12, 1e-12
 _PROJECTIONS = {
-    "attention": {"query": "attention.self.query", "key": "attention.self.key",
-                  "value": "attention.self.value", "out": "attention.output.dense"},
+    "attention": {
+        "query": "attention.self.query",
+        "key": "attention.self.key",
+        "value": "attention.self.value",
+        "out": "attention.output.dense",
+    },
     "mlp": {"up": "intermediate.dense", "down": "output.dense"},
-}  # fmt: skip
+}
 _NORMS = {"attention": "attention.output.LayerNorm", "mlp": "output.LayerNorm"}
 # The layer's name in benchmarks.cases.MODEL_SHAPES: where its weight is in the tree.
-_PRETRAINED = {"attention": ("attention", "query"), "mlp up": ("mlp", "up"),
-               "mlp down": ("mlp", "down")}  # fmt: skip
+_PRETRAINED = {
+    "attention": ("attention", "query"),
+    "mlp up": ("mlp", "up"),
+    "mlp down": ("mlp", "down"),
+}
 
 
 def find_minilm():
@@ -53,7 +60,9 @@ def load_minilm():
             "types": arrays["embeddings.token_type_embeddings.weight"],
             "norm": _read_norm(arrays, "embeddings.LayerNorm"),
         },
-        "layers": [_read_layer(arrays, f"encoder.layer.{i}") for i in range(NUM_LAYERS)],
+        "layers": [
+            _read_layer(arrays, f"encoder.layer.{i}") for i in range(NUM_LAYERS)
+        ],
     }
 
 
@@ -76,11 +85,15 @@ def embed_sentences(params, token_ids, mask):
     x = (
         jnp.asarray(embeddings["words"])[token_ids]
         + embeddings["positions"][None, : token_ids.shape[-1]]
-        + embeddings["types"][None, :1]  # one sentence at a time: all tokens are of type 0
+        + embeddings["types"][
+            None, :1
+        ]  # one sentence at a time: all tokens are of type 0
     )
     x = _normalize(x, embeddings["norm"])
     for layer in params["layers"]:
-        x = _normalize(x + _attend(layer["attention"], x, mask), layer["attention"]["norm"])
+        x = _normalize(
+            x + _attend(layer["attention"], x, mask), layer["attention"]["norm"]
+        )
         x = _normalize(x + _transform(layer["mlp"], x), layer["mlp"]["norm"])
     weight = mask[..., None].astype(x.dtype)
     # Both are held away from 0 for a sentence that is nothing but padding.
@@ -92,12 +105,17 @@ def embed_sentences(params, token_ids, mask):
 def _read_layer(arrays, prefix):
     return {
         room: {
-            **{name: {"w": np.ascontiguousarray(arrays[f"{prefix}.{path}.weight"].T),
-                      "b": arrays[f"{prefix}.{path}.bias"]} for name, path in paths.items()},
+            **{
+                name: {
+                    "w": np.ascontiguousarray(arrays[f"{prefix}.{path}.weight"].T),
+                    "b": arrays[f"{prefix}.{path}.bias"],
+                }
+                for name, path in paths.items()
+            },
             "norm": _read_norm(arrays, f"{prefix}.{_NORMS[room]}"),
         }
         for room, paths in _PROJECTIONS.items()
-    }  # fmt: skip
+    }
 
 
 def _read_norm(arrays, prefix):

@@ -5,13 +5,13 @@ import dataclasses
 import jax.numpy as jnp
 
 from jlora import _checks
-from jlora.adaptation.tree import is_adapted
-from jlora.adaptation.weights import list_leaves, map_leaves
+from jlora.adaptation.adapted_weight import is_adapted
+from jlora.adaptation.paths import list_leaves, map_leaves
 from jlora.factors import Factors, pad_rank, split_svd
 from jlora.updates.recompression import concatenate_factors, recompress
 
 
-def take_factors(adapted):
+def get_factors(adapted):
     """Return the adapter of a tree: {path: Factors}, scale and core multiplied into u.
 
     Args:
@@ -24,14 +24,14 @@ def take_factors(adapted):
         >>> import jax, jax.numpy as jnp, jlora
         >>> params = {"w": jnp.ones((4, 3))}
         >>> plan = jlora.make_plan(params, jlora.Rule("w", 1, init="lora", scale=2.0))
-        >>> list(jlora.take_factors(jlora.adapt(params, plan, key=jax.random.key(0))))
+        >>> list(jlora.adaptation.get_factors(jlora.adapt(params, plan, key=jax.random.key(0))))
         ['w']
     """
     leaves = list_leaves(adapted, is_leaf=is_adapted)
     return {path: _scale_factors(leaf) for path, leaf in leaves if is_adapted(leaf)}
 
 
-def swap_factors(adapted, factors, *, scale=1.0):
+def set_factors(adapted, factors, *, scale=1.0):
     """Return the tree with another adapter on the same bases, in arrays of the same shapes.
 
     Ranks below those of the tree are filled up with zeros, which changes nothing, and the scale is
@@ -60,7 +60,7 @@ def swap_factors(adapted, factors, *, scale=1.0):
         >>> plan = jlora.make_plan(params, jlora.Rule("w", 2, init="lora"))
         >>> slots = jlora.adapt(params, plan, key=jax.random.key(0))
         >>> task = {"w": jlora.Factors(jnp.ones((4, 1)), jnp.ones((1, 3)))}
-        >>> jlora.merge(jlora.swap_factors(slots, task, scale=0.5))["w"][0].tolist()
+        >>> jlora.merge(jlora.adaptation.set_factors(slots, task, scale=0.5))["w"][0].tolist()
         [0.5, 0.5, 0.5]
     """
     adapters = _list_adapters(factors)
@@ -71,7 +71,11 @@ def swap_factors(adapted, factors, *, scale=1.0):
             f"`scale` must be a number or one for each of the adapters, got {len(scales)} for "
             f"{len(adapters)}. Pass as many."
         )
-    known = {path for path, leaf in list_leaves(adapted, is_leaf=is_adapted) if is_adapted(leaf)}
+    known = {
+        path
+        for path, leaf in list_leaves(adapted, is_leaf=is_adapted)
+        if is_adapted(leaf)
+    }
     for unknown in sorted(set().union(*adapters) - known):
         raise ValueError(
             f"`factors` must be of adapted weights, got {unknown!r} beside "
@@ -81,14 +85,17 @@ def swap_factors(adapted, factors, *, scale=1.0):
     def swap(path, leaf):
         if not is_adapted(leaf):
             return leaf
-        own = [(adapter[path], scale) for adapter, scale in zip(adapters, scales, strict=True)
-               if path in adapter]  # fmt: skip
+        own = [
+            (adapter[path], scale)
+            for adapter, scale in zip(adapters, scales, strict=True)
+            if path in adapter
+        ]
         return _swap_leaf(path, leaf, own)
 
     return map_leaves(swap, adapted, is_leaf=is_adapted)
 
 
-def mutated_to_delta(initial, trained, *, rank=None):
+def extract_delta(initial, trained, *, rank=None):
     """Return what training has changed, as an adapter of the plain weights.
 
     An initialisation that moves the base makes factors that mean nothing without that base. The
@@ -104,7 +111,7 @@ def mutated_to_delta(initial, trained, *, rank=None):
 
     Returns:
         {path: `Factors`} of u [..., m, 2r], v [..., 2r, n] (or of `rank`), the scale multiplied
-        in: for `swap_factors` on the plain weights, or for a file.
+        in: for `set_factors` on the plain weights, or for a file.
 
     Raises:
         TypeError: `rank` is no integer.
@@ -120,12 +127,12 @@ def mutated_to_delta(initial, trained, *, rank=None):
         >>> plan = jlora.make_plan(params, jlora.Rule("w", 2))
         >>> before = jlora.adapt(params, plan, key=jax.random.key(1))
         >>> after = {"w": dataclasses.replace(before["w"], v=before["w"].v + 1)}
-        >>> jlora.mutated_to_delta(before, after)["w"].u.shape
+        >>> jlora.adaptation.extract_delta(before, after)["w"].u.shape
         (8, 4)
     """
     if rank is not None:
         rank = _checks.check_integer(rank, "rank")
-    old, new = take_factors(initial), take_factors(trained)
+    old, new = get_factors(initial), get_factors(trained)
     if old.keys() != new.keys():
         odd = sorted(old.keys() ^ new.keys())
         raise ValueError(
@@ -160,13 +167,15 @@ def _subtract(path, new, old, rank):
     if rank is None:
         return delta
     limit = min(delta.u.shape[-2], *delta.v.shape[-2:])
-    return pad_rank(split_svd(recompress(delta, min(rank, limit))), min(rank, delta.u.shape[-1]))
+    return pad_rank(
+        split_svd(recompress(delta, min(rank, limit))), min(rank, delta.u.shape[-1])
+    )
 
 
 def _swap_leaf(path, leaf, own):
     if leaf.core is not None:
         raise ValueError(
-            f"{path}: `adapted` must hold plain factors to be swapped, got part {leaf.part!r} with "
+            f"{path}: `adapted` must hold plain factors to be swapped, got part {leaf.trainable!r} with "
             "a core between them. Adapt with init='lora'."
         )
     room = leaf.u.shape[-1]
@@ -187,11 +196,17 @@ def _swap_leaf(path, leaf, own):
         )
     if len(own) == 1:
         return _put_factors(leaf, Factors(*pairs[0]), own[0][1])
-    joined = concatenate_factors([Factors(*pair) for pair in pairs], [scale for _, scale in own])
+    joined = concatenate_factors(
+        [Factors(*pair) for pair in pairs], [scale for _, scale in own]
+    )
     return _put_factors(leaf, joined, 1.0)
 
 
 def _put_factors(leaf, factors, scale):
     u, v = pad_rank(factors, leaf.u.shape[-1])
-    return dataclasses.replace(leaf, u=u.astype(leaf.u.dtype), v=v.astype(leaf.v.dtype),
-                               scale=jnp.asarray(scale, leaf.scale.dtype))  # fmt: skip
+    return dataclasses.replace(
+        leaf,
+        u=u.astype(leaf.u.dtype),
+        v=v.astype(leaf.v.dtype),
+        scale=jnp.asarray(scale, leaf.scale.dtype),
+    )

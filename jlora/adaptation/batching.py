@@ -17,10 +17,11 @@ import numpy as np
 from jlora import _checks
 from jlora._numerics import compute_dtype
 from jlora._progress import Progress
-from jlora.adaptation.jobs import Matrix, Result, find_weights, make_job, make_weight
+from jlora.adaptation.paths import map_leaves
 from jlora.adaptation.plan import Plan, list_data
 from jlora.adaptation.programs import start_chunk, start_donated, start_matrix
-from jlora.adaptation.weights import invert, map_leaves
+from jlora.adaptation.tasks import Matrix, Result, find_weights, make_task, make_weight
+from jlora.layouts import invert
 
 # Numbers in a chunk that keep a device busy. A CPU is busy with one matrix, and stacking only
 # copies: 56 matrices of a model took 1.1 to 1.3 times as long in stacks of 8.
@@ -28,8 +29,7 @@ _CHUNK_NUMBERS = {"cpu": 1, "gpu": 2**25, "tpu": 2**25}
 _CPU_BYTES = 2**30
 
 
-def adapt(params, plan, *, key, data=None, max_bytes=None, donate=False,
-          progress=None):  # fmt: skip
+def adapt(params, plan, *, key, data=None, max_bytes=None, donate=False, progress=None):
     """Return the tree with an AdaptedWeight in place of each weight of the plan.
 
     Weights of one shape are decomposed by one program, in chunks under a limit of memory. Arrays
@@ -79,23 +79,33 @@ def adapt(params, plan, *, key, data=None, max_bytes=None, donate=False,
     """
     if not isinstance(plan, Plan):
         raise TypeError(
-            f"`plan` must be a jlora.Plan, got {type(plan).__name__}. Make one with make_plan."
+            f"`plan` must be a jlora.adaptation.Plan, got {type(plan).__name__}. Make one with make_plan."
         )
     _checks.check_key(key)
     if max_bytes is not None:
         max_bytes = _checks.check_integer(max_bytes, "max_bytes")
     weights, data = find_weights(params, plan, donate=donate), list_data(data)
-    jobs = [make_job(entry, weights[entry.path], data, key, donate) for entry in plan.entries]
+    jobs = [
+        make_task(entry, weights[entry.path], data, key, donate)
+        for entry in plan.entries
+    ]
     groups, adapted = {}, {}
     for job in jobs:
         if job.is_traced:
             adapted[job.entry.path] = _adapt_traced(job)
         else:
             groups.setdefault(_identify_program(job), []).append(job)
-    sizes = {program: choose_chunk_size(members[0], max_bytes)
-             for program, members in groups.items()}  # fmt: skip
-    bar = Progress("adapt", sum(job.num_matrices for job in jobs), enabled=progress,
-                   is_quiet=progress is None, unit="matrices")  # fmt: skip
+    sizes = {
+        program: choose_chunk_size(members[0], max_bytes)
+        for program, members in groups.items()
+    }
+    bar = Progress(
+        "adapt",
+        sum(job.num_matrices for job in jobs),
+        enabled=progress,
+        is_quiet=progress is None,
+        unit="matrices",
+    )
     try:
         for program, members in groups.items():
             adapted |= _adapt_group(members, sizes[program], bar)
@@ -105,7 +115,9 @@ def adapt(params, plan, *, key, data=None, max_bytes=None, donate=False,
 
 
 def _identify_program(job):
-    data = None if job.data is None else (job.data.shape[-2:], jnp.dtype(job.data.dtype))
+    data = (
+        None if job.data is None else (job.data.shape[-2:], jnp.dtype(job.data.dtype))
+    )
     return job.how, job.matrix_shape, jnp.dtype(job.leaf.dtype), data, job.donate
 
 
@@ -128,7 +140,9 @@ def choose_chunk_size(job, max_bytes=None, platform=None):
     """Return how many matrices of this kind are decomposed at once: of their shape alone."""
     numbers = math.prod(job.matrix_shape)
     # A matrix in a chunk, and at its side what its residual is computed in.
-    needed = numbers * (job.leaf.dtype.itemsize + 2 * compute_dtype(job.leaf.dtype).itemsize)
+    needed = numbers * (
+        job.leaf.dtype.itemsize + 2 * compute_dtype(job.leaf.dtype).itemsize
+    )
     if max_bytes is not None and needed > max_bytes:
         raise ValueError(
             f"{job.entry.path}: `max_bytes` must hold one matrix and its work space, {needed} "
@@ -159,8 +173,10 @@ def _dispatch(chunk, results, size):
     ws = [results[matrix.job.entry.path].take(matrix) for matrix in chunk]
     keys = [matrix.key for matrix in chunk]
     datas = [_take_data(matrix) for matrix in chunk]
-    scales = [np.asarray(matrix.job.entry.rule.scale, compute_dtype(ws[0].dtype))
-              for matrix in chunk]  # fmt: skip
+    scales = [
+        np.asarray(matrix.job.entry.rule.scale, compute_dtype(ws[0].dtype))
+        for matrix in chunk
+    ]
     # The last chunk is filled up with zeros, so that it runs the same program.
     for _ in range(size - len(chunk)):
         ws.append(jnp.zeros_like(ws[0]))
@@ -186,7 +202,10 @@ def _collect(chunk, started, results, bar):
             _refuse_matrix(matrix)
         results[matrix.job.entry.path].put(matrix, base, u, v, core)
     itemsize = chunk[0].job.leaf.dtype.itemsize
-    bar.advance(len(chunk), num_bytes=len(chunk) * math.prod(chunk[0].job.matrix_shape) * itemsize)
+    bar.advance(
+        len(chunk),
+        num_bytes=len(chunk) * math.prod(chunk[0].job.matrix_shape) * itemsize,
+    )
 
 
 def _refuse_matrix(matrix):
@@ -214,7 +233,9 @@ def _adapt_traced(job):
     stack = leaf.transpose(order).reshape(-1, *job.matrix_shape)
     keys = jnp.stack([Matrix(job, i).key for i in range(job.num_matrices)])
     data = None if job.data is None else job.data.reshape(-1, *job.data.shape[-2:])
-    start = jax.vmap(functools.partial(start_matrix, how=job.how), in_axes=(0, None, 0, 0))
+    start = jax.vmap(
+        functools.partial(start_matrix, how=job.how), in_axes=(0, None, 0, 0)
+    )
     *parts, _ = start(stack, scale, keys, data)
     base, *others = jax.tree.map(lambda a: a.reshape(*job.batch, *a.shape[1:]), parts)
     if base is not None:

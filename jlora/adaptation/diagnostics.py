@@ -9,19 +9,25 @@ import numpy as np
 
 from jlora import _checks
 from jlora._numerics import frobenius_norm, matmul, safe_divide, to_compute
+from jlora.adaptation.adapted_weight import is_adapted
+from jlora.adaptation.paths import fold_path, list_leaves
 from jlora.adaptation.plan import format_table
-from jlora.adaptation.tree import is_adapted
-from jlora.adaptation.weights import fold_path, list_leaves, view_matrix
 from jlora.factorization.svd import randomized_svd
 from jlora.factors import Factors
+from jlora.layouts import view_matrix
 from jlora.reconstruction.dense import reconstruct
 
 # A direction of the new weight is an intruder if no old one comes nearer than this: 2410.21228.
 _INTRUDER_COSINE = 0.5
 _COLUMNS = {
-    "rank": "{:d}", "energy_captured": "{:.4f}", "residual": "{:.4f}", "stable_rank": "{:.1f}",
-    "change": "{:.2e}", "angle": "{:.1f}°", "num_intruders": "{:d}",
-}  # fmt: skip
+    "rank": "{:d}",
+    "energy_captured": "{:.4f}",
+    "residual": "{:.4f}",
+    "stable_rank": "{:.1f}",
+    "change": "{:.2e}",
+    "angle": "{:.1f}°",
+    "num_intruders": "{:d}",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +49,26 @@ class Diagnosis:
     paths: tuple[str, ...]  # with the place in a stack, "layers/q[3]"
     rank: np.ndarray  # int, of the factors
     energy_captured: np.ndarray  # part of ‖w‖² that the factors hold, 1 - residual²
-    residual: np.ndarray  # ‖w - s u v‖ / ‖w‖; above 1 where the factors point away from w
+    residual: (
+        np.ndarray
+    )  # ‖w - s u v‖ / ‖w‖; above 1 where the factors point away from w
     stable_rank: np.ndarray  # ‖w‖² / σ₁²
-    change: np.ndarray  # ‖w_new - w‖ / ‖w‖: how far the weight has moved, rounding included
-    angle: np.ndarray  # degrees, the largest between the leading left subspaces, old and new
-    num_intruders: np.ndarray  # int, leading new directions that no leading old one is near to
+    change: (
+        np.ndarray
+    )  # ‖w_new - w‖ / ‖w‖: how far the weight has moved, rounding included
+    angle: (
+        np.ndarray
+    )  # degrees, the largest between the leading left subspaces, old and new
+    num_intruders: (
+        np.ndarray
+    )  # int, leading new directions that no leading old one is near to
 
     def __str__(self):
         rows = [("path", *_COLUMNS)]
         for i, path in enumerate(self.paths):
-            cells = (style.format(getattr(self, name)[i]) for name, style in _COLUMNS.items())
+            cells = (
+                style.format(getattr(self, name)[i]) for name, style in _COLUMNS.items()
+            )
             rows.append((path, *cells))
         return "\n".join(format_table(rows))
 
@@ -100,10 +116,13 @@ def diagnose(params, adapted, *, key, num_directions=10):
     rows = []
     for path, leaf in list_leaves(adapted, is_leaf=is_adapted):
         if is_adapted(leaf):
-            rows += _diagnose_leaf(path, plain.get(path), leaf, fold_path(key, path),
-                                   num_directions)  # fmt: skip
+            rows += _diagnose_leaf(
+                path, plain.get(path), leaf, fold_path(key, path), num_directions
+            )
     if not rows:
-        raise ValueError("`adapted` must hold an adapted weight, got none. Call jlora.adapt first.")
+        raise ValueError(
+            "`adapted` must hold an adapted weight, got none. Call jlora.adapt first."
+        )
     paths, numbers = zip(*rows, strict=True)
     columns = zip(*jax.device_get(numbers), strict=True)
     return Diagnosis(paths, *(np.asarray(column) for column in columns))
@@ -123,9 +142,17 @@ def _diagnose_leaf(path, w, leaf, key, num_directions):
     rank, num_directions = leaf.u.shape[-1], min(num_directions, *w.shape[-2:])
     rows = []
     for index in np.ndindex(w.shape[:-2]):
-        parts = [None if part is None else jnp.asarray(part[index]) for part in (w, base, *factors)]
+        parts = [
+            None if part is None else jnp.asarray(part[index])
+            for part in (w, base, *factors)
+        ]
         numbers = _compare(*parts, leaf.scale, key, num_directions)
-        rows.append((f"{path}[{', '.join(map(str, index))}]" if index else path, (rank, *numbers)))
+        rows.append(
+            (
+                f"{path}[{', '.join(map(str, index))}]" if index else path,
+                (rank, *numbers),
+            )
+        )
     return rows
 
 

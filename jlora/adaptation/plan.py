@@ -5,16 +5,11 @@ import difflib
 import math
 
 from jlora import _checks
-from jlora.adaptation.initialize import INITIALIZATIONS
-from jlora.adaptation.ranks import Candidate, choose_ranks
-from jlora.adaptation.rules import Rule
-from jlora.adaptation.weights import (
-    complete_layout,
-    fold_path,
-    list_leaves,
-    matrix_shape,
-    why_not_a_matrix,
-)
+from jlora.adaptation.paths import fold_path, list_leaves, why_not_a_matrix
+from jlora.adaptation.rank_choice import RankRequest, choose_ranks
+from jlora.adaptation.rule import Rule
+from jlora.initializers.from_weight import INITIALIZATIONS
+from jlora.layouts import complete_layout, matrix_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +37,7 @@ class PlanEntry:
         """Numbers in the factors and between them, batch axes included."""
         *batch, m, n = self.matrix_shape
         rank = self.rule.rank
-        between = {"core": rank**2, "s": rank}.get(self.rule.part, 0)
+        between = {"core": rank**2, "s": rank}.get(self.rule.trainable, 0)
         return math.prod(batch) * (rank * (m + n) + between)
 
 
@@ -53,20 +48,28 @@ class Plan:
     Example:
         >>> import jax.numpy as jnp, jlora
         >>> print(jlora.make_plan({"w": jnp.ones((4, 3))}, [jlora.Rule("w", 2)]))
-        path  shape  rank  parameters  init   part
+        path  shape  rank  parameters  init   trainable
         w     4×3    2     14          pissa  v
     """
 
     entries: tuple[PlanEntry, ...]  # in the order of the tree's leaves
-    skipped: tuple[tuple[str, str], ...] = ()  # (path, reason) of matched leaves left alone
+    skipped: tuple[
+        tuple[str, str], ...
+    ] = ()  # (path, reason) of matched leaves left alone
 
     def __str__(self):
-        rows = [("path", "shape", "rank", "parameters", "init", "part")]
+        rows = [("path", "shape", "rank", "parameters", "init", "trainable")]
         rows += [
-            (e.path, _describe_shape(e), e.rule.rank, e.num_parameters, e.rule.init,
-             _describe_part(e.rule))
+            (
+                e.path,
+                _describe_shape(e),
+                e.rule.rank,
+                e.num_parameters,
+                e.rule.init,
+                _describe_part(e.rule),
+            )
             for e in self.entries
-        ]  # fmt: skip
+        ]
         lines = format_table(rows)
         lines += [f"{path}: left alone, it {reason}" for path, reason in self.skipped]
         return "\n".join(lines)
@@ -121,12 +124,19 @@ def make_plan(params, rules, *, data=None, key=None):
     leaves = list_leaves(params)
     matched = [(path, leaf, _first_match(path, rules)) for path, leaf in leaves]
     matched = [match for match in matched if match[2] is not None]
-    reasons = {path: why_not_a_matrix(leaf, rules[at].layout) for path, leaf, at in matched}
+    reasons = {
+        path: why_not_a_matrix(leaf, rules[at].layout) for path, leaf, at in matched
+    }
     _check_every_rule_used(rules, matched, leaves, reasons)
-    usable = [(path, leaf, rules[at]) for path, leaf, at in matched if reasons[path] is None]
+    usable = [
+        (path, leaf, rules[at]) for path, leaf, at in matched if reasons[path] is None
+    ]
     ranks = _choose_open_ranks(usable, data, key)
-    entries = [_make_entry(path, leaf, rule, ranks) for path, leaf, rule in usable
-               if ranks.get(path) != 0]  # fmt: skip
+    entries = [
+        _make_entry(path, leaf, rule, ranks)
+        for path, leaf, rule in usable
+        if ranks.get(path) != 0
+    ]
     reasons |= {path: "gets rank 0" for path, rank in ranks.items() if rank == 0}
     if not entries and leaves:
         raise ValueError(
@@ -175,7 +185,9 @@ def format_table(rows):
     """Return the lines of a table whose first row is its head."""
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     return [
-        "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        "  ".join(
+            str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)
+        ).rstrip()
         for row in rows
     ]
 
@@ -191,7 +203,7 @@ def _choose_open_ranks(usable, data, key):
         if not rule.has_rank:
             found = check_data(path, rule, data, leaf.shape)
             own_key = None if key is None else fold_path(key, path)
-            candidates.append(Candidate(path, leaf, rule, found, own_key))
+            candidates.append(RankRequest(path, leaf, rule, found, own_key))
     return choose_ranks(candidates)
 
 
@@ -203,8 +215,10 @@ def _make_entry(path, leaf, rule, ranks):
         _checks.check_rank(rule.rank, as_matrix)
         if rule.init == "lora_ga":
             _checks.check_rank(2 * rule.rank, as_matrix, "2 rank (init='lora_ga')")
-        if rule.columns is not None:
-            _checks.check_integer(rule.columns, "columns", maximum=as_matrix[-1])
+        if rule.num_columns is not None:
+            _checks.check_integer(
+                rule.num_columns, "num_columns", maximum=as_matrix[-1]
+            )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return PlanEntry(path, shape, rule)
@@ -244,4 +258,8 @@ def _describe_shape(entry):
 
 
 def _describe_part(rule):
-    return rule.part if rule.columns is None else f"v, last {rule.columns} columns"
+    return (
+        rule.trainable
+        if rule.num_columns is None
+        else f"v, last {rule.num_columns} columns"
+    )

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jlora.adaptation.initialize import INITIALIZATIONS
-from jlora.adaptation.weights import restore_layout, view_matrix
+from jlora.initializers.from_weight import INITIALIZATIONS
+from jlora.layouts import restore_layout, view_matrix
 
 
 class How(NamedTuple):
@@ -25,8 +25,9 @@ def start_all(ws, scales, keys, datas, *, how):
     """Return (base, u, v, core, is_good) of each matrix of a chunk, computed as one batch."""
     if len(ws) == 1:
         return (start_matrix(ws[0], scales[0], keys[0], datas[0], how),)
-    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *zip(ws, scales, keys, datas,
-                                                                 strict=True))  # fmt: skip
+    stacked = jax.tree.map(
+        lambda *parts: jnp.stack(parts), *zip(ws, scales, keys, datas, strict=True)
+    )
     started = jax.vmap(functools.partial(start_matrix, how=how))(*stacked)
     return tuple(jax.tree.map(lambda part: part[i], started) for i in range(len(ws)))  # noqa: B023
 
@@ -41,9 +42,13 @@ def start_matrix(w, scale, key, data, how):
     settings = {}
     if how.quantize is not None:
         settings = {"quantize": how.quantize, "num_rounds": how.num_rounds}
-    start = kind.start(view_matrix(w, how.layout), how.rank, scale, key, data, **settings)
+    start = kind.start(
+        view_matrix(w, how.layout), how.rank, scale, key, data, **settings
+    )
     base = restore_layout(start.base, how.layout, w.shape) if how.moves_base else None
     # NaN or Inf in w reaches every factor made of it: looking at w itself would cost a pass.
     looked_at = tuple(start.factors) if kind.sees_weight else (*start.factors, w)
-    is_good = functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(a)) for a in looked_at])
+    is_good = functools.reduce(
+        jnp.logical_and, [jnp.all(jnp.isfinite(a)) for a in looked_at]
+    )
     return base, *start.factors, start.core, is_good

@@ -41,7 +41,9 @@ def load_arrays(path):
     path = pathlib.Path(path)
     suffix = check_suffix(path)
     if os.stat(path).st_size == 0:
-        raise ValueError(f"{path}: must hold arrays, got an empty file. Write it again.")
+        raise ValueError(
+            f"{path}: must hold arrays, got an empty file. Write it again."
+        )
     if suffix == ".safetensors":
         return read_safetensors(path)
     try:
@@ -50,7 +52,13 @@ def load_arrays(path):
         # Opened here: NumPy leaves the file open when it turns out to be no archive.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: _restore_bfloat16(archive[name]) for name in archive.files}
-    except (ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+    except (
+        ValueError,
+        EOFError,
+        KeyError,
+        AttributeError,
+        zipfile.BadZipFile,
+    ) as error:
         raise ValueError(
             f"{path}: must be a whole {suffix} file of plain arrays, got one that cannot be read "
             f"({error}). Write it again."
@@ -108,7 +116,9 @@ def check_suffix(path):
 def check_count(path, count):
     """Refuse a number of arrays that the format of `path` cannot hold."""
     if count == 0:
-        raise ValueError(f"{path}: `arrays` must hold at least one array, got none. Name one.")
+        raise ValueError(
+            f"{path}: `arrays` must hold at least one array, got none. Name one."
+        )
     if count > 1 and pathlib.Path(path).suffix == ".npy":
         raise ValueError(
             f"{path}: a .npy file must hold exactly one array, got {count}. "
@@ -140,7 +150,9 @@ def _to_numpy(name, array):
         )
     array = np.asarray(array)
     if array.dtype.hasobject:
-        raise TypeError(f"`arrays` must hold numbers, got Python objects at {name}. Convert them.")
+        raise TypeError(
+            f"`arrays` must hold numbers, got Python objects at {name}. Convert them."
+        )
     return array
 
 

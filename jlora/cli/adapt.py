@@ -10,9 +10,9 @@ import optax
 
 from jlora import _checks
 from jlora._numerics import frobenius_norm, to_compute
-from jlora.adaptation.rules import Rule
-from jlora.adaptation.tree import AdaptedWeight, linear, merge
-from jlora.adaptation.weights import fold_path
+from jlora.adaptation.adapted_weight import AdaptedWeight, linear, merge
+from jlora.adaptation.paths import fold_path
+from jlora.adaptation.rule import Rule
 from jlora.checkpoints.arrays import check_count, check_suffix, load_arrays, save_arrays
 from jlora.cli.targets import add_targets, check_targets, plan_targets
 from jlora.factorization.svd import randomized_svd
@@ -35,16 +35,39 @@ def add_parser(commands):
     )
     add, default = parser.add_argument, "(default: %(default)s)"
     add("weights", metavar="WEIGHTS", help=".npy, .npz or .safetensors file")
-    add("-o", "--output", metavar="OUT", required=True, help="file to write, any of the formats")
+    add(
+        "-o",
+        "--output",
+        metavar="OUT",
+        required=True,
+        help="file to write, any of the formats",
+    )
     add("--rank", type=int, required=True, help="columns of U")
     add_targets(parser, "adapt")
-    add("--columns", type=int, metavar="K", help="set the last K columns of V, from --domain")
+    add(
+        "--columns",
+        type=int,
+        metavar="K",
+        help="set the last K columns of V, from --domain",
+    )
     add("--domain", metavar="FILE", help="array [rank, K] for the last K columns of V")
-    add("--data", metavar="PAIRS.npz", help="x [N, m] and y [N, n]: train V so that x A' meets y")
-    add("--split", choices=("balanced", "left", "right"), default="right",
-        help=f"where the singular values go; right: U orthonormal {default}")  # fmt: skip
+    add(
+        "--data",
+        metavar="PAIRS.npz",
+        help="x [N, m] and y [N, n]: train V so that x A' meets y",
+    )
+    add(
+        "--split",
+        choices=("balanced", "left", "right"),
+        default="right",
+        help=f"where the singular values go; right: U orthonormal {default}",
+    )
     add("--keep-residual", action="store_true", help="A' = A - U V + U V', not U V'")
-    add("--factors", metavar="FILE", help="also write NAME.u and NAME.v of each matrix here")
+    add(
+        "--factors",
+        metavar="FILE",
+        help="also write NAME.u and NAME.v of each matrix here",
+    )
     add("--steps", type=int, default=500, help=f"training steps with --data {default}")
     add(
         "--learning-rate",
@@ -70,7 +93,7 @@ def run(arguments):
 
 
 def _adapt_file(arguments, arrays):
-    rule = Rule(arguments.targets, arguments.rank, columns=arguments.columns)
+    rule = Rule(arguments.targets, arguments.rank, num_columns=arguments.columns)
     plan = plan_targets(arguments, arrays, rule)
     change = _choose_change(arguments, plan)
     _check_outputs(arguments, arrays)
@@ -95,7 +118,9 @@ def _factorise(arguments, name, a):
     _checks.check_finite(a, name)
     key = fold_path(jax.random.key(arguments.seed), name)
     u, v = split_svd(randomized_svd(a, arguments.rank, key=key), arguments.split)
-    base = reconstruct(Factors(u, v), a, scale=-1.0) if arguments.keep_residual else None
+    base = (
+        reconstruct(Factors(u, v), a, scale=-1.0) if arguments.keep_residual else None
+    )
     return AdaptedWeight(base, u, v, jnp.ones((), u.dtype), "v", None, a.dtype)
 
 
@@ -115,7 +140,9 @@ def _replace_columns(w, columns, values):
 def _read_domain(arguments):
     path, rank = arguments.domain, arguments.rank
     if check_suffix(path) != ".npy":
-        raise ValueError(f"{path}: `--domain` must be a .npy file, got another. Save it as one.")
+        raise ValueError(
+            f"{path}: `--domain` must be a .npy file, got another. Save it as one."
+        )
     (values,) = load_arrays(path).values()
     if values.ndim != 2 or values.shape[0] != rank:
         raise ValueError(
@@ -123,7 +150,9 @@ def _read_domain(arguments):
             f"{values.shape}. Each of its columns becomes a column of V."
         )
     expected = (rank, arguments.columns)
-    _checks.check_shape(values.shape, expected, f"--domain {path}", "rank rows, --columns columns")
+    _checks.check_shape(
+        values.shape, expected, f"--domain {path}", "rank rows, --columns columns"
+    )
     values = _checks.check_matrix(values, f"--domain {path}")
     _checks.check_finite(values, f"--domain {path}")
     return values
@@ -147,7 +176,9 @@ def _read_pairs(arguments, plan):
         )
     for entry in plan.entries:
         expected = (x.shape[-1], y.shape[-1])
-        _checks.check_shape(entry.shape, expected, entry.path, f"the columns of x and y in {path}")
+        _checks.check_shape(
+            entry.shape, expected, entry.path, f"the columns of x and y in {path}"
+        )
     return x, y
 
 
@@ -159,11 +190,15 @@ def _train(arguments, w, x, y):
     x, y = np.asarray(x, dtype)[order], np.asarray(y, dtype)[order]
     held, x, y = (x[:num_held], y[:num_held]), x[num_held:], y[num_held:]
     root_mean_square = float(jnp.sqrt(jnp.mean(w.v**2))) or 1.0
-    rate = optax.cosine_decay_schedule(arguments.learning_rate * root_mean_square, arguments.steps)
+    rate = optax.cosine_decay_schedule(
+        arguments.learning_rate * root_mean_square, arguments.steps
+    )
     batches = _sample_rows(rng, x, y, arguments.steps)
     result = fit(_mean_square, w, optax.adam(rate), batches, num_steps=arguments.steps)
     if result.stop_reason:
-        raise ValueError(f"`--data` must train to a finite loss, got: {result.stop_reason}")
+        raise ValueError(
+            f"`--data` must train to a finite loss, got: {result.stop_reason}"
+        )
     errors = [_relative_output_error(weight, *held) for weight in (w, result.adapted)]
     note = f", held-out error {errors[0]:.4g} -> {errors[1]:.4g} ({num_held} of {len(order)} rows)"
     return result.adapted, note
@@ -188,7 +223,9 @@ def _check_arguments(arguments):
     _checks.check_integer(arguments.rank, "--rank")
     _checks.check_integer(arguments.steps, "--steps")
     if (arguments.columns is None) != (arguments.domain is None):
-        raise ValueError("`--columns` and `--domain` must come together, got one. Give both.")
+        raise ValueError(
+            "`--columns` and `--domain` must come together, got one. Give both."
+        )
     if (arguments.domain is None) == (arguments.data is None):
         raise ValueError(
             "`--domain` or `--data` must say what V becomes, got "
@@ -210,7 +247,11 @@ def _check_outputs(arguments, arrays):
     check_count(arguments.output, len(arrays))
     for path in filter(None, (arguments.output, arguments.factors)):
         folder = os.path.dirname(os.path.realpath(path))
-        if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        if (
+            os.path.isdir(path)
+            or not os.path.isdir(folder)
+            or not os.access(folder, os.W_OK)
+        ):
             raise ValueError(
                 f"{path}: must be a file in a folder that can be written to, got none. "
                 "Choose another path."
@@ -244,13 +285,18 @@ def _positive(norm):
 def _print_total(arguments, arrays, changed):
     full = sum(a.size for a in changed.values())
     thin = sum(
-        a.size // (a.shape[-2] * a.shape[-1]) * arguments.rank * (a.shape[-2] + a.shape[-1])
+        a.size
+        // (a.shape[-2] * a.shape[-1])
+        * arguments.rank
+        * (a.shape[-2] + a.shape[-1])
         for a in changed.values()
     )
     print(
         f"total: {len(changed)} of {len(arrays)} arrays adapted, {full} numbers as {thin} in "
         f"factors ({thin / full:.1%})"
     )
-    print(f"wrote {arguments.output}: {len(arrays)} arrays, {len(arrays) - len(changed)} as before")
+    print(
+        f"wrote {arguments.output}: {len(arrays)} arrays, {len(arrays) - len(changed)} as before"
+    )
     if arguments.factors:
         print(f"wrote {arguments.factors}: {2 * len(changed)} factors")

@@ -24,7 +24,10 @@ def main(argv=None):
         print(f"jlora {arguments.command}: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"jlora {arguments.command}: interrupted, nothing more is written", file=sys.stderr)
+        print(
+            f"jlora {arguments.command}: interrupted, nothing more is written",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

@@ -10,14 +10,14 @@ import numpy as np
 
 from jlora import _checks
 from jlora._numerics import frobenius_norm, to_compute
-from jlora.adaptation.rules import Rule
-from jlora.adaptation.weights import fold_path
+from jlora.adaptation.paths import fold_path
+from jlora.adaptation.rule import Rule
 from jlora.checkpoints.arrays import load_arrays
 from jlora.checkpoints.files import replace_file
 from jlora.cli.targets import add_targets, check_targets, plan_targets
-from jlora.factorization.budget import allocate_ranks
-from jlora.factorization.rank import RULES, choose_rank
 from jlora.factorization.svd import randomized_svd
+from jlora.rank_selection.budget import allocate_ranks
+from jlora.rank_selection.rules import RULES, choose_rank
 
 _WHOLE = 1024  # the full decomposition of a matrix no larger takes about a second
 _ENERGY_RANKS = (8, 16, 32, 64, 128)
@@ -37,13 +37,42 @@ def add_parser(commands):
     add, default = parser.add_argument, "(default: %(default)s)"
     add("weights", metavar="WEIGHTS", help=".npy, .npz or .safetensors file")
     add_targets(parser, "look at")
-    add("--energy", type=float, default=0.9, help=f"part of the squared norm to keep {default}")
-    add("--tolerance", type=float, default=0.1, help=f"relative error to allow {default}")
-    add("--max-rank", type=int, default=256, help=f"leading values of a large matrix {default}")
+    add(
+        "--energy",
+        type=float,
+        default=0.9,
+        help=f"part of the squared norm to keep {default}",
+    )
+    add(
+        "--tolerance",
+        type=float,
+        default=0.1,
+        help=f"relative error to allow {default}",
+    )
+    add(
+        "--max-rank",
+        type=int,
+        default=256,
+        help=f"leading values of a large matrix {default}",
+    )
     add("--exact", action="store_true", help="compute all values of large matrices too")
-    add("--budget", type=int, metavar="N", help="also share N parameters out over the matrices")
-    add("--multiple-of", type=int, default=8, help=f"ranks that --budget gives {default}")
-    add("--plot", metavar="FILE.png", help="draw spectra and cumulative energy (needs matplotlib)")
+    add(
+        "--budget",
+        type=int,
+        metavar="N",
+        help="also share N parameters out over the matrices",
+    )
+    add(
+        "--multiple-of",
+        type=int,
+        default=8,
+        help=f"ranks that --budget gives {default}",
+    )
+    add(
+        "--plot",
+        metavar="FILE.png",
+        help="draw spectra and cumulative energy (needs matplotlib)",
+    )
     add("--seed", type=int, default=0, help=f"of the random projections {default}")
     return parser
 
@@ -82,14 +111,18 @@ def _check_arguments(arguments):
     if arguments.budget is not None:
         _checks.check_integer(arguments.budget, "--budget")
     if not 0 < arguments.energy <= 1:
-        raise ValueError(f"`--energy` must lie in (0, 1], got {arguments.energy}. Choose another.")
+        raise ValueError(
+            f"`--energy` must lie in (0, 1], got {arguments.energy}. Choose another."
+        )
     if not 0 <= arguments.tolerance < 1:
         raise ValueError(
             f"`--tolerance` must lie in [0, 1), got {arguments.tolerance}. Choose another."
         )
     if arguments.plot:
         if pathlib.Path(arguments.plot).suffix != ".png":
-            raise ValueError(f"`--plot` must end in .png, got {arguments.plot}. Rename it.")
+            raise ValueError(
+                f"`--plot` must end in .png, got {arguments.plot}. Rename it."
+            )
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError(
                 "`--plot` must have matplotlib to draw with, got an environment without it. "
@@ -103,7 +136,9 @@ def _list_matrices(path, array):
     if array.ndim == 2:
         return [(path, array)]
     indices = np.ndindex(array.shape[:-2])
-    return [(f"{path}[{', '.join(map(str, index))}]", array[index]) for index in indices]
+    return [
+        (f"{path}[{', '.join(map(str, index))}]", array[index]) for index in indices
+    ]
 
 
 def _measure(arguments, name, a):
@@ -120,9 +155,17 @@ def _measure(arguments, name, a):
 def _describe(arguments, matrix):
     m, n = matrix.shape
     values, norm = matrix.values, matrix.norm
-    kind = f"all {len(values)}" if matrix.is_whole else f"leading {len(values)} of {min(m, n)}"
+    kind = (
+        f"all {len(values)}"
+        if matrix.is_whole
+        else f"leading {len(values)} of {min(m, n)}"
+    )
     energy = np.cumsum(values**2) / (norm**2 or 1)
-    kept = [f"{rank}: {energy[rank - 1]:.3f}" for rank in _ENERGY_RANKS if rank <= len(values)]
+    kept = [
+        f"{rank}: {energy[rank - 1]:.3f}"
+        for rank in _ENERGY_RANKS
+        if rank <= len(values)
+    ]
     median = f", median {np.median(values):.4g}" if matrix.is_whole else ""
     ranks = ", ".join(f"{rule} {_ask(arguments, matrix, rule)}" for rule in RULES)
     return (
@@ -138,9 +181,14 @@ def _ask(arguments, matrix, rule):
     most = max(1, len(matrix.values) // 2) if rule == "gap" else None
     try:
         rank, _ = choose_rank(
-            matrix.values, rule, shape=matrix.shape, norm=matrix.norm, max_rank=most,
-            energy=arguments.energy, tolerance=arguments.tolerance,
-        )  # fmt: skip
+            matrix.values,
+            rule,
+            shape=matrix.shape,
+            norm=matrix.norm,
+            max_rank=most,
+            energy=arguments.energy,
+            tolerance=arguments.tolerance,
+        )
     except ValueError:
         return "-"
     is_cut = rule != "gap" and rank == len(matrix.values) and not matrix.is_whole
@@ -149,16 +197,23 @@ def _ask(arguments, matrix, rule):
 
 def _print_budget(arguments, matrices):
     ranks = allocate_ranks(
-        {matrix.name: matrix.values for matrix in matrices}, budget=arguments.budget,
+        {matrix.name: matrix.values for matrix in matrices},
+        budget=arguments.budget,
         shapes={matrix.name: matrix.shape for matrix in matrices},
         multiple_of=arguments.multiple_of,
-    )  # fmt: skip
-    spent = sum(rank * sum(matrix.shape)
-                for rank, matrix in zip(ranks.values(), matrices, strict=True))  # fmt: skip
+    )
+    spent = sum(
+        rank * sum(matrix.shape)
+        for rank, matrix in zip(ranks.values(), matrices, strict=True)
+    )
     total = sum(matrix.norm**2 for matrix in matrices)
-    kept = sum(np.sum(matrix.values[:rank] ** 2)
-               for rank, matrix in zip(ranks.values(), matrices, strict=True))  # fmt: skip
-    print(f"budget: {spent} of {arguments.budget} parameters, energy kept {kept / total:.3f}")
+    kept = sum(
+        np.sum(matrix.values[:rank] ** 2)
+        for rank, matrix in zip(ranks.values(), matrices, strict=True)
+    )
+    print(
+        f"budget: {spent} of {arguments.budget} parameters, energy kept {kept / total:.3f}"
+    )
     for name, rank in ranks.items():
         print(f"  {name}: {rank}")
 
@@ -174,8 +229,12 @@ def _draw(arguments, matrices):
         left.loglog(ranks, matrix.values / (matrix.values[0] or 1), label=label)
         right.semilogx(ranks, np.cumsum(matrix.values**2) / (matrix.norm**2 or 1))
     left.set(xlabel="k", ylabel="singular value over the largest", title="Spectra")
-    right.set(xlabel="rank", ylabel="part of the squared norm", title="Cumulative energy",
-              ylim=(0, 1.02))  # fmt: skip
+    right.set(
+        xlabel="rank",
+        ylabel="part of the squared norm",
+        title="Cumulative energy",
+        ylim=(0, 1.02),
+    )
     right.axhline(arguments.energy, color="gray", linewidth=0.8, linestyle=":")
     for axes in (left, right):
         axes.grid(alpha=0.3)

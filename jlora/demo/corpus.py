@@ -6,8 +6,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-GENERAL = ("collections", "concurrent", "ctypes", "http", "importlib", "json", "logging",
-           "multiprocessing", "unittest", "urllib", "xml")  # fmt: skip
+GENERAL = (
+    "collections",
+    "concurrent",
+    "ctypes",
+    "http",
+    "importlib",
+    "json",
+    "logging",
+    "multiprocessing",
+    "unittest",
+    "urllib",
+    "xml",
+)
 DOMAIN = "email"
 
 
@@ -19,7 +30,9 @@ class Corpus(NamedTuple):
 def read_corpus(packages):
     """Return the Corpus of some packages of the standard library; every fifth file is held out."""
     folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(file for package in packages for file in (folder / package).rglob("*.py"))
+    files = sorted(
+        file for package in packages for file in (folder / package).rglob("*.py")
+    )
     texts = [file.read_bytes() for file in files]
     texts = [text for text in texts if len(text) > 1000]
     if len(texts) < 8:
@@ -42,6 +55,8 @@ def sample_batches(text, num_batches, batch_size, length, seed):
 
 def cut_batches(text, num_batches, batch_size, length):
     """Return a list of int32 [batch_size, length + 1] windows at even distances of a text."""
-    starts = np.linspace(0, len(text) - length - 1, num_batches * batch_size).astype(int)
+    starts = np.linspace(0, len(text) - length - 1, num_batches * batch_size).astype(
+        int
+    )
     windows = text[starts[:, None] + np.arange(length + 1)].astype(np.int32)
     return list(windows.reshape(num_batches, batch_size, length + 1))

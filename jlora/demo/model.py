@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jlora.adaptation.tree import linear
+from jlora.adaptation.adapted_weight import linear
 
 NUM_BYTES = 256
 
@@ -26,12 +26,17 @@ def init_model(size, *, key):
     keys = iter(jax.random.split(key, 3 + 4 * size.num_layers))
 
     def matrix(rows, columns, gain=1.0):
-        return gain / rows**0.5 * jax.random.normal(next(keys), (rows, columns), jnp.float32)
+        return (
+            gain
+            / rows**0.5
+            * jax.random.normal(next(keys), (rows, columns), jnp.float32)
+        )
 
     d, branch = size.width, (2 * size.num_layers) ** -0.5
     return {
         "embedding": 0.02 * jax.random.normal(next(keys), (NUM_BYTES, d), jnp.float32),
-        "positions": 0.02 * jax.random.normal(next(keys), (size.context, d), jnp.float32),
+        "positions": 0.02
+        * jax.random.normal(next(keys), (size.context, d), jnp.float32),
         "layers": [
             {
                 "attention": {"qkv": matrix(d, 3 * d), "out": matrix(d, d, branch)},
@@ -50,7 +55,9 @@ def compute_logits(params, tokens, num_heads):
     x = params["embedding"][tokens] + params["positions"][: tokens.shape[-1]][None]
     for layer in params["layers"]:
         x = x + _attend(layer["attention"], _normalize(x, layer["norms"][0]), num_heads)
-        hidden = jax.nn.gelu(linear(_normalize(x, layer["norms"][1]), layer["mlp"]["up"]))
+        hidden = jax.nn.gelu(
+            linear(_normalize(x, layer["norms"][1]), layer["mlp"]["up"])
+        )
         x = x + linear(hidden, layer["mlp"]["down"])
     return linear(_normalize(x, params["norm"]), params["head"])
 
@@ -65,10 +72,18 @@ def bits_per_byte(params, text, num_heads):
 
 def _attend(weights, x, num_heads):
     batch, time, width = x.shape
-    qkv = linear(x, weights["qkv"]).reshape(batch, time, 3, num_heads, width // num_heads)
-    mixed = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], is_causal=True)
+    qkv = linear(x, weights["qkv"]).reshape(
+        batch, time, 3, num_heads, width // num_heads
+    )
+    mixed = jax.nn.dot_product_attention(
+        qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], is_causal=True
+    )
     return linear(mixed.reshape(batch, time, width), weights["out"])
 
 
 def _normalize(x, gain):
-    return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * gain[None, None]
+    return (
+        x
+        * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+        * gain[None, None]
+    )

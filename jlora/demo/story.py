@@ -9,15 +9,15 @@ import jax
 import numpy as np
 import optax
 
+from jlora.adaptation.adapted_weight import merge
 from jlora.adaptation.batching import adapt
+from jlora.adaptation.paths import list_leaves, map_leaves
 from jlora.adaptation.plan import make_plan
-from jlora.adaptation.rules import Rule
-from jlora.adaptation.tree import merge
-from jlora.adaptation.weights import list_leaves, map_leaves
+from jlora.adaptation.rule import Rule
 from jlora.checkpoints.arrays import load_arrays, save_arrays
 from jlora.demo.corpus import DOMAIN, GENERAL, cut_batches, read_corpus, sample_batches
 from jlora.demo.model import ModelSize, bits_per_byte, init_model
-from jlora.training.evaluate import evaluate_loss, measure_cost
+from jlora.training.evaluation import evaluate_loss, measure_cost
 from jlora.training.loop import fit, init_train
 
 LINEAR_LAYERS = "(attention|mlp)/|head"
@@ -60,20 +60,35 @@ def run_demo(settings=DemoSettings(), *, progress=None):  # noqa: B008 (an immut
         flush=True,
     )
     steps = settings.pretrain_steps
-    rate = optax.warmup_cosine_decay_schedule(0.0, settings.pretrain_rate, min(50, steps), steps)
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, settings.pretrain_rate, min(50, steps), steps
+    )
     batches = _sample(settings, general, steps, seed=0)
-    params = fit(loss, params, optax.adamw(rate), batches, also_train=ALL_WEIGHTS,
-                 num_steps=steps, progress=progress).adapted  # fmt: skip
-    print(f"adapting it to `{DOMAIN}`, rank {settings.rank}, {settings.adapt_steps} steps ...")
+    params = fit(
+        loss,
+        params,
+        optax.adamw(rate),
+        batches,
+        also_train=ALL_WEIGHTS,
+        num_steps=steps,
+        progress=progress,
+    ).adapted
+    print(
+        f"adapting it to `{DOMAIN}`, rank {settings.rank}, {settings.adapt_steps} steps ..."
+    )
     held_out = [_cut(settings, corpus.held_out) for corpus in (domain, general)]
     rows = [
-        _run_way(name, tree, also_train, rate, settings, loss, domain, held_out, progress)
+        _run_way(
+            name, tree, also_train, rate, settings, loss, domain, held_out, progress
+        )
         for name, tree, also_train, rate in _list_ways(settings, params)
     ]
     print(_format_table(rows), flush=True)
     reloaded = _save_and_load(rows[1].params)
     value = evaluate_loss(loss, reloaded, held_out[0])
-    print(f"V only, saved and loaded: {value:.6f} bits per byte, before: {rows[1].new_domain:.6f}")
+    print(
+        f"V only, saved and loaded: {value:.6f} bits per byte, before: {rows[1].new_domain:.6f}"
+    )
     return rows, value
 
 
@@ -85,10 +100,19 @@ def _make_loss(num_heads):
 def _list_ways(settings, params):
     """Yield (name, tree, what else is trained, learning rate) of each row."""
     key = jax.random.key(1)
-    v_only = make_plan(params, Rule(LINEAR_LAYERS, settings.rank, init="pissa", part="v"))
-    lora = make_plan(params, Rule(LINEAR_LAYERS, settings.rank, init="lora", part="uv"))
+    v_only = make_plan(
+        params, Rule(LINEAR_LAYERS, settings.rank, init="pissa", trainable="v")
+    )
+    lora = make_plan(
+        params, Rule(LINEAR_LAYERS, settings.rank, init="lora", trainable="uv")
+    )
     yield "no adaptation", params, None, None
-    yield "V only, from the SVD", adapt(params, v_only, key=key), None, settings.v_only_rate
+    yield (
+        "V only, from the SVD",
+        adapt(params, v_only, key=key),
+        None,
+        settings.v_only_rate,
+    )
     yield "classic LoRA", adapt(params, lora, key=key), None, settings.lora_rate
     yield "full fine-tuning", params, ALL_WEIGHTS, settings.full_rate
 
@@ -102,9 +126,13 @@ def _run_way(name, tree, also_train, rate, settings, loss, domain, held_out, pro
     state, _ = init_train(tree, optimizer, also_train=also_train)
     cost = measure_cost(state)
     train = functools.partial(fit, loss, tree, optimizer, also_train=also_train)
-    train(_sample(settings, domain, 2, seed=2), progress=False)  # compiles, outside the clock
+    train(
+        _sample(settings, domain, 2, seed=2), progress=False
+    )  # compiles, outside the clock
     start = time.perf_counter()
-    result = train(_sample(settings, domain, steps, seed=1), num_steps=steps, progress=progress)
+    result = train(
+        _sample(settings, domain, steps, seed=1), num_steps=steps, progress=progress
+    )
     step_ms = 1e3 * (time.perf_counter() - start) / steps
     merged = merge(result.adapted)
     # Evaluated on the merged weights: what is saved is what is measured.
@@ -113,11 +141,15 @@ def _run_way(name, tree, also_train, rate, settings, loss, domain, held_out, pro
 
 
 def _sample(settings, corpus, num_steps, seed):
-    return sample_batches(corpus.train, num_steps, settings.batch_size, settings.size.context, seed)
+    return sample_batches(
+        corpus.train, num_steps, settings.batch_size, settings.size.context, seed
+    )
 
 
 def _cut(settings, text):
-    return cut_batches(text, settings.num_eval_batches, settings.batch_size, settings.size.context)
+    return cut_batches(
+        text, settings.num_eval_batches, settings.batch_size, settings.size.context
+    )
 
 
 def _save_and_load(params):
@@ -130,18 +162,38 @@ def _save_and_load(params):
 
 
 def _format_table(rows):
-    header = ("", f"{DOMAIN} (new)", "general (old)", "trained", "optimiser bytes", "ms/step")
+    header = (
+        "",
+        f"{DOMAIN} (new)",
+        "general (old)",
+        "trained",
+        "optimiser bytes",
+        "ms/step",
+    )
     cells = [
-        (row.name, f"{row.new_domain:.4f}", f"{row.old_domain:.4f}", str(row.num_trained),
-         str(row.optimizer_bytes), f"{row.step_ms:.1f}" if row.step_ms else "-")
+        (
+            row.name,
+            f"{row.new_domain:.4f}",
+            f"{row.old_domain:.4f}",
+            str(row.num_trained),
+            str(row.optimizer_bytes),
+            f"{row.step_ms:.1f}" if row.step_ms else "-",
+        )
         for row in rows
-    ]  # fmt: skip
-    widths = [max(len(line[column]) for line in (header, *cells)) for column in range(6)]
+    ]
+    widths = [
+        max(len(line[column]) for line in (header, *cells)) for column in range(6)
+    ]
     lines = [
         "  ".join(
             [line[0].ljust(widths[0])]
-            + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+            + [
+                cell.rjust(width)
+                for cell, width in zip(line[1:], widths[1:], strict=True)
+            ]
         )
         for line in (header, *cells)
     ]
-    return "\n".join([lines[0].rstrip(), *lines[1:], "losses are held-out bits per byte"])
+    return "\n".join(
+        [lines[0].rstrip(), *lines[1:], "losses are held-out bits per byte"]
+    )

@@ -7,13 +7,18 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _checks
-from jlora._numerics import compute_dtype, frobenius_norm, matmul, safe_divide
-from jlora.factorization.core import decompose_core
+from jlora._numerics import (
+    compute_dtype,
+    frobenius_norm,
+    matmul,
+    refuse_derivative,
+    safe_divide,
+)
+from jlora.factorization.core import decompose_core, decompose_fully
 from jlora.factorization.krylov import add_block, draw_noise, start_bidiagonal
-from jlora.factorization.products import multiply, solve_stored
+from jlora.factorization.operators import multiply, solve_stored
 from jlora.factorization.sketch import gaussian_sketch
-from jlora.factorization.svd import decompose_fully, poison, refuse_derivative
-from jlora.factors import SVD
+from jlora.factors import SVD, mask_nonfinite
 
 _NUM_PROBES = 16
 _BLOCK_SIZE = 16
@@ -100,7 +105,9 @@ def adaptive_svd(a, *, tolerance, max_rank, key):
 
 
 def _check_tolerance(tolerance):
-    if isinstance(tolerance, (bool, jax.core.Tracer)) or not isinstance(tolerance, (int, float)):
+    if isinstance(tolerance, (bool, jax.core.Tracer)) or not isinstance(
+        tolerance, (int, float)
+    ):
         raise TypeError(
             f"`tolerance` must be a Python number, got {type(tolerance).__name__}. "
             "Convert it with float()."
@@ -122,7 +129,11 @@ def _adapt(a, key, tolerance, max_rank):
         missed = (jnp.zeros_like(norm),) * 2
     else:
         solve = functools.partial(
-            _grow, target=0.5 * tolerance, block=block, num_blocks=num_blocks, max_rank=max_rank
+            _grow,
+            target=0.5 * tolerance,
+            block=block,
+            num_blocks=num_blocks,
+            max_rank=max_rank,
         )
         svd, missed = solve_stored(solve, a, norm, key)
     return _cut(svd, missed, norm, tolerance, max_rank)
@@ -168,22 +179,29 @@ def _cut(svd, missed, norm, tolerance, max_rank):
     relative = safe_divide(svd.s, norm[..., None])
     # Summed from the smallest: tail[k] is what a cut to rank k leaves.
     tail = jnp.cumsum(relative[..., ::-1] ** 2, axis=-1)[..., ::-1]
-    tail = jnp.concatenate([tail, jnp.zeros_like(tail[..., :1])], axis=-1)[..., : max_rank + 1]
+    tail = jnp.concatenate([tail, jnp.zeros_like(tail[..., :1])], axis=-1)[
+        ..., : max_rank + 1
+    ]
     errors, upper = (jnp.sqrt(tail + part[..., None] ** 2) for part in missed)
     is_enough = upper <= tolerance
     is_reached = jnp.any(is_enough, axis=-1)
-    rank = jnp.where(is_reached, jnp.argmax(is_enough, axis=-1), max_rank).astype(jnp.int32)
+    rank = jnp.where(is_reached, jnp.argmax(is_enough, axis=-1), max_rank).astype(
+        jnp.int32
+    )
     error = jnp.take_along_axis(errors, rank[..., None], axis=-1)[..., 0]
     is_resolved = tolerance >= 50 * jnp.finfo(errors.dtype).eps
-    places = jnp.broadcast_to(jnp.arange(max_rank, dtype=rank.dtype), (*rank.shape, max_rank))
+    places = jnp.broadcast_to(
+        jnp.arange(max_rank, dtype=rank.dtype), (*rank.shape, max_rank)
+    )
     keep = places < rank[..., None]
     u, s, vt = svd.u[..., :max_rank], svd.s[..., :max_rank], svd.vt[..., :max_rank, :]
     kept = SVD(
-        jnp.where(keep[..., None, :], u, 0), jnp.where(keep, s, 0),
+        jnp.where(keep[..., None, :], u, 0),
+        jnp.where(keep, s, 0),
         jnp.where(keep[..., :, None], vt, 0),
-    )  # fmt: skip
+    )
     finite = jnp.isfinite(norm)
-    kept = poison(kept, finite[..., None, None])
+    kept = mask_nonfinite(kept, finite[..., None, None])
     return AdaptiveSVD(
         kept, rank, jnp.where(finite, error, jnp.nan), is_reached & finite & is_resolved
     )

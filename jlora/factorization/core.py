@@ -11,11 +11,20 @@ decomposition", 1994, for the road through the polar factor. Differs: the polar 
 approached by scaled Newton-Schulz steps and need not be reached, see `decompose_by_polar`.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from jlora._numerics import matmul, power_of_two_scale, safe_divide
+from jlora._numerics import (
+    is_finite,
+    matmul,
+    power_of_two_scale,
+    safe_divide,
+    to_compute,
+)
 from jlora.factorization.orthonormal import orthonormalize
+from jlora.factors import SVD, mask_nonfinite
 
 # Odd quintics a x + b x³ + c x⁵ of the singular values. The first grows small ones 3.4 times and
 # keeps what has grown between 0.68 and 1.21 (Jordan et al., "Muon", 2024); thirteen of them bring
@@ -38,10 +47,11 @@ def decompose_core(core, rank, noise, *, is_reduced=True):
     finite = jnp.isfinite(core)
     core = jnp.where(finite, core, 0)  # LAPACK may loop on NaN
     return jax.lax.platform_dependent(
-        core, noise,
+        core,
+        noise,
         cpu=lambda core, noise: decompose_on_cpu(core, rank),
         default=lambda core, noise: decompose_by_polar(core, rank, noise),
-    )  # fmt: skip
+    )
 
 
 def decompose_by_lapack(core, rank):
@@ -84,7 +94,9 @@ def decompose_by_polar(core, rank, noise):
     q = safe_divide(core, norm)
     # One loop for both: each that a TPU program holds costs it ten seconds of compilation.
     steps = jnp.asarray(_POLAR_STEPS, core.dtype)
-    q = jax.lax.fori_loop(0, len(_POLAR_STEPS), lambda i, q: _apply_quintic(q, steps[i]), q)
+    q = jax.lax.fori_loop(
+        0, len(_POLAR_STEPS), lambda i, q: _apply_quintic(q, steps[i]), q
+    )
     h = matmul(core, q.mT)
     _, e = jnp.linalg.eigh((h + h.mT) / 2)
     e = e[..., ::-1][..., :rank]
@@ -101,3 +113,15 @@ def _apply_quintic(q, coefficients):
     linear, cubic, quintic = coefficients
     gram = matmul(q, q.mT)
     return linear * q + matmul(cubic * gram + quintic * matmul(gram, gram), q)
+
+
+@functools.partial(jax.jit, static_argnames="rank")
+def decompose_fully(a, rank):
+    """Return the full decomposition cut to `rank`."""
+    a = to_compute(a)
+    scale = power_of_two_scale(a)
+    finite = is_finite(a)
+    # LAPACK may loop or fail on NaN; it gets zeros, and the answer is made NaN afterwards.
+    u, s, vt = jnp.linalg.svd(jnp.where(finite, a / scale, 0), full_matrices=False)
+    svd = SVD(u[..., :rank], s[..., :rank] * scale[..., 0], vt[..., :rank, :])
+    return mask_nonfinite(svd, finite)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from jlora import _checks
 from jlora._numerics import compute_dtype, frobenius_norm, matmul, power_of_two_scale
+from jlora.factorization.operators import multiply, solve_stored
 from jlora.factorization.orthonormal import orthonormalize
-from jlora.factorization.products import multiply, solve_stored
 from jlora.factorization.sketch import gaussian_sketch
 from jlora.factors import SVD, check_svd
 
@@ -56,7 +56,9 @@ def estimate_error(a, svd, *, key, num_probes=10):
     """
     a = _checks.check_matrix(a)
     u, s, vt = check_svd(svd)
-    _checks.check_shape((*u.shape[:-1], vt.shape[-1]), a.shape, "svd", "that of u @ vt: the a's")
+    _checks.check_shape(
+        (*u.shape[:-1], vt.shape[-1]), a.shape, "svd", "that of u @ vt: the a's"
+    )
     _checks.check_key(key)
     num_probes = _checks.check_integer(num_probes, "num_probes")
     return _estimate_error(a, SVD(u, s, vt), key, num_probes)
@@ -95,7 +97,7 @@ def estimate_sketch_error(sketch, *, key):
         >>> import jax, jlora
         >>> a = jax.random.normal(jax.random.key(0), (300, 200))
         >>> sketch = a @ jax.random.normal(jax.random.key(1), (200, 20))
-        >>> round(float(jlora.estimate_sketch_error(sketch, key=jax.random.key(2))), -1)
+        >>> round(float(jlora.factorization.estimate_sketch_error(sketch, key=jax.random.key(2))), -1)
         230.0
     """
     sketch = _checks.check_matrix(sketch, "sketch")
@@ -122,7 +124,11 @@ def _estimate_error(a, svd, key, num_probes):
 def _multiply(a, rows):
     # An SVD in float64 of a matrix in float32 is judged in float64.
     is_wide = a.dtype == compute_dtype(a.dtype)
-    return multiply(a.astype(rows.dtype), rows) if is_wide else solve_stored(multiply, a, rows)
+    return (
+        multiply(a.astype(rows.dtype), rows)
+        if is_wide
+        else solve_stored(multiply, a, rows)
+    )
 
 
 @jax.jit

@@ -73,7 +73,9 @@ def _approximate(a, key, rank):
 def _differentiate_approximation(rank, primals, tangents):
     a, key = primals
     svd = randomized_svd(jax.lax.stop_gradient(a), rank, key=key)
-    return _multiply_out(svd), _differentiate(jax.lax.stop_gradient(a), svd, tangents[0])
+    return _multiply_out(svd), _differentiate(
+        jax.lax.stop_gradient(a), svd, tangents[0]
+    )
 
 
 def _multiply_out(svd):

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jlora._numerics import matmul
+from jlora.factorization.operators import multiply, multiply_transposed
 from jlora.factorization.orthonormal import orthonormalize, orthonormalize_against
-from jlora.factorization.products import multiply, multiply_transposed
 from jlora.factorization.sketch import gaussian_sketch
 
 # Buffers are static; the loop is cut in two, so that its first half projects on half of them.
@@ -63,11 +63,15 @@ def start_bidiagonal(a, omega, num_blocks, noise):
     batch, (m, n) = a.shape[:-2], a.shape[-2:]
     block = omega.shape[-2]
     width = num_blocks * block
-    first = orthonormalize(omega, noise[:, m : m + n])  # one for the whole batch, if it can be
+    first = orthonormalize(
+        omega, noise[:, m : m + n]
+    )  # one for the whole batch, if it can be
     right = jnp.zeros((*batch, width + block, n), omega.dtype)
     right = _put_rows(right, jnp.broadcast_to(first, (*batch, block, n)), 0)
     left = jnp.zeros((*batch, width, m), omega.dtype)
-    return Bidiagonal(left, jnp.zeros((*batch, width, width + block), omega.dtype), right)
+    return Bidiagonal(
+        left, jnp.zeros((*batch, width, width + block), omega.dtype), right
+    )
 
 
 def add_block(a, factors, i, block, noise, width):
@@ -91,9 +95,10 @@ def add_block(a, factors, i, block, noise, width):
     row = _put_columns(row, _take_columns(row, start, block) + near_part, start)
     row = _put_columns(row, matmul(product, following.mT), start + block)
     return Bidiagonal(
-        _put_rows(left, new, start), _put_rows(core, row, start),
+        _put_rows(left, new, start),
+        _put_rows(core, row, start),
         _put_rows(right, following, start + block),
-    )  # fmt: skip
+    )
 
 
 def _take_rows(buffer, start, size):

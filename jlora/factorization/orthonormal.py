@@ -55,7 +55,13 @@ def orthonormalize_against(basis, near, y, noise):
         transform = matmul(transform, lower)
         inside = matmul(rows, basis.mT)
         rows = rows - matmul(inside, basis)
-        return i + 1, rows, matmul(rows, rows.mT), part + matmul(transform, inside), transform
+        return (
+            i + 1,
+            rows,
+            matmul(rows, rows.mT),
+            part + matmul(transform, inside),
+            transform,
+        )
 
     def is_far(state):
         i, _, gram, *_ = state
@@ -124,4 +130,6 @@ def _factor(gram, shift):
     trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
     eye = eye_like(gram)
     lower = jax.lax.linalg.cholesky(gram + shift * trace * eye, symmetrize_input=False)
-    return lower, jax.lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
+    return lower, jax.lax.linalg.triangular_solve(
+        lower, eye, left_side=True, lower=True
+    )

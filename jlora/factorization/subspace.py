@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from jlora._numerics import matmul
 from jlora.factorization.krylov import Bidiagonal, draw_noise
+from jlora.factorization.operators import multiply, multiply_transposed
 from jlora.factorization.orthonormal import orthonormalize
-from jlora.factorization.products import multiply, multiply_transposed
 
 
 def subspace_factors(a, omega, num_iterations, *, key):

@@ -1,1 +1,17 @@
-"""Factors → matrix, or → activations."""
+"""Factors (and a base) → the matrix, or its product with activations."""
+
+from jlora.reconstruction.apply import apply_factors
+from jlora.reconstruction.choice import which_implementation
+from jlora.reconstruction.dense import reconstruct, unmerge
+from jlora.reconstruction.many import apply_many, stack_factors
+from jlora.reconstruction.rounding import CompensatedWeight
+
+__all__ = [
+    "CompensatedWeight",
+    "apply_factors",
+    "apply_many",
+    "reconstruct",
+    "stack_factors",
+    "unmerge",
+    "which_implementation",
+]

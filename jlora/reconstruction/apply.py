@@ -9,7 +9,9 @@ from jlora import _checks
 from jlora._numerics import common_dtype, matmul_activations
 
 
-def apply_factors(x, factors, base=None, *, scale=1.0, columns=None, implementation=None):
+def apply_factors(
+    x, factors, base=None, *, scale=1.0, num_columns=None, implementation=None
+):
     """Return x @ base + scale * (x @ u) @ v, never forming u @ v.
 
     Shapes: t rows of x, m inputs, n outputs, r rank; batch axes broadcast as in a matmul.
@@ -19,7 +21,7 @@ def apply_factors(x, factors, base=None, *, scale=1.0, columns=None, implementat
         factors: `Factors` of u [..., m, r], v [..., r, n].
         base: [..., m, n] real floating. None: no base.
         scale: number or scalar array, static or traced.
-        columns: static k: only the last k columns of v are trained; the others are constants, to
+        num_columns: static k: only the last k columns of v are trained; the others are constants, to
             which no gradient is computed. None: all.
         implementation: static; there is one, "plain". None: that.
 
@@ -38,7 +40,7 @@ def apply_factors(x, factors, base=None, *, scale=1.0, columns=None, implementat
         in float32.
 
     Gradients: exact, to x, u, v, base and scale; no m×n gradient of the delta is formed. With
-        `columns`, zero to the columns of v before them.
+        `num_columns`, zero to the columns of v before them.
 
     Example:
         >>> import jax.numpy as jnp, jlora
@@ -56,30 +58,32 @@ def apply_factors(x, factors, base=None, *, scale=1.0, columns=None, implementat
             f"`x` must have shape [..., {u.shape[-2]}] (the rows of u), got {x.shape}. "
             "Check the orientation of the weight."
         )
-    if columns is not None:
-        columns = _checks.check_integer(columns, "columns", maximum=v.shape[-1])
-    return _apply(x, u, v, base, scale, columns)
+    if num_columns is not None:
+        num_columns = _checks.check_integer(
+            num_columns, "num_columns", maximum=v.shape[-1]
+        )
+    return _apply(x, u, v, base, scale, num_columns)
 
 
-@functools.partial(jax.jit, inline=True, static_argnames="columns")
-def _apply(x, u, v, base, scale, columns):
+@functools.partial(jax.jit, inline=True, static_argnames="num_columns")
+def _apply(x, u, v, base, scale, num_columns):
     working, dtype = choose_dtypes(x, u, v, base)
     thin = matmul_activations(x.astype(working), u.astype(working))
     # The scale goes on the thin product: on the t×n side it costs a pass, and one more backward.
     thin = (thin * jnp.asarray(scale, thin.dtype)).astype(working)
-    delta = _expand(thin, v.astype(working), columns)
+    delta = _expand(thin, v.astype(working), num_columns)
     if base is None:
         return delta.astype(dtype)
     plain = matmul_activations(x.astype(working), base.astype(working))
     return (plain + delta).astype(dtype)
 
 
-def _expand(thin, v, columns):
+def _expand(thin, v, num_columns):
     """Return thin @ v; where only some columns are trained, in two parts, of which one is."""
-    if columns in (None, v.shape[-1]):
+    if num_columns in (None, v.shape[-1]):
         return matmul_activations(thin, v)
     # As one product its gradient would be computed for all columns, and then cut.
-    fixed, trained = jax.lax.stop_gradient(v[..., :-columns]), v[..., -columns:]
+    fixed, trained = jax.lax.stop_gradient(v[..., :-num_columns]), v[..., -num_columns:]
     parts = [matmul_activations(thin, part) for part in (fixed, trained)]
     return jnp.concatenate(parts, axis=-1)
 

@@ -2,10 +2,10 @@
 
 from jlora import _checks
 from jlora._dispatch import PLATFORMS, name_platform
-from jlora.reconstruction.dense import choose_form, reconstruct
+from jlora.reconstruction.dense import choose_implementation, reconstruct
 from jlora.reconstruction.many import apply_many, choose_many
 
-_CHOOSERS = {reconstruct: choose_form, apply_many: choose_many}
+_CHOOSERS = {reconstruct: choose_implementation, apply_many: choose_many}
 
 
 def which_implementation(function, *arguments, platform=None, **settings):
@@ -26,7 +26,7 @@ def which_implementation(function, *arguments, platform=None, **settings):
     Example:
         >>> import jax.numpy as jnp, jlora
         >>> factors = jlora.Factors(jnp.ones((6, 2)), jnp.ones((2, 4)))
-        >>> jlora.which_implementation(jlora.reconstruct, factors, jnp.ones((6, 4)), platform="tpu")
+        >>> jlora.reconstruction.which_implementation(jlora.reconstruct, factors, jnp.ones((6, 4)), platform="tpu")
         'plain'
     """
     if function not in _CHOOSERS:

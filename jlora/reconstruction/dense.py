@@ -7,7 +7,7 @@ import numpy as np
 from jlora import _checks
 from jlora._dispatch import check_usable, choose
 from jlora._numerics import common_dtype, compute_dtype
-from jlora.reconstruction.forms import (
+from jlora.reconstruction.implementations import (
     IMPLEMENTATIONS,
     Spec,
     add_bases,
@@ -18,8 +18,18 @@ from jlora.reconstruction.forms import (
 from jlora.reconstruction.rounding import CompensatedWeight, check_rounding, round_sum
 
 
-def reconstruct(factors, base=None, *, scale=1.0, columns=None, rounding="nearest", key=None,
-                dtype=None, donate=False, implementation=None):  # fmt: skip
+def reconstruct(
+    factors,
+    base=None,
+    *,
+    scale=1.0,
+    columns=None,
+    rounding="nearest",
+    key=None,
+    dtype=None,
+    donate=False,
+    implementation=None,
+):
     """Return base + scale * u @ v, or scale * u @ v without a base.
 
     Shapes: m, n rows and columns, r rank, k columns recomputed.
@@ -74,12 +84,15 @@ def reconstruct(factors, base=None, *, scale=1.0, columns=None, rounding="neares
         >>> jlora.reconstruct(factors, jnp.zeros((2, 3)), columns=1).tolist()
         [[0.0, 0.0, 3.0], [0.0, 0.0, 3.0]]
     """
-    arguments = _prepare(factors, base, scale, columns, rounding, key, dtype, donate,
-                         implementation)  # fmt: skip
+    arguments = _prepare(
+        factors, base, scale, columns, rounding, key, dtype, donate, implementation
+    )
     return (_reconstruct_donated if donate else _reconstruct)(*arguments)
 
 
-def unmerge(factors, merged, *, scale=1.0, columns=None, donate=False, implementation=None):
+def unmerge(
+    factors, merged, *, scale=1.0, columns=None, donate=False, implementation=None
+):
     """Return merged - scale * u @ v: the base that `reconstruct` was given.
 
     Shapes: m, n rows and columns, r rank.
@@ -110,17 +123,32 @@ def unmerge(factors, merged, *, scale=1.0, columns=None, donate=False, implement
         >>> factors = jlora.Factors(jnp.full((1, 1), 1e-3), jnp.ones((1, 1)))
         >>> base = jnp.full((1, 1), 0.7, jnp.bfloat16)
         >>> merged = jlora.reconstruct(factors, base, rounding="compensated")
-        >>> bool((jlora.unmerge(factors, merged) == base).all())
+        >>> bool((jlora.reconstruction.unmerge(factors, merged) == base).all())
         True
     """
     return reconstruct(
-        factors, merged, scale=-scale, columns=columns, donate=donate,
+        factors,
+        merged,
+        scale=-scale,
+        columns=columns,
+        donate=donate,
         implementation=implementation,
-    )  # fmt: skip
+    )
 
 
-def choose_form(platform, factors, base=None, *, scale=1.0, columns=None, rounding="nearest",
-                key=None, dtype=None, donate=False, implementation=None):  # fmt: skip
+def choose_implementation(
+    platform,
+    factors,
+    base=None,
+    *,
+    scale=1.0,
+    columns=None,
+    rounding="nearest",
+    key=None,
+    dtype=None,
+    donate=False,
+    implementation=None,
+):
     """Return the name of the form that `reconstruct` would take on a platform."""
     bases, u, v, _, key, indices, span, spec, _ = _prepare(
         factors, base, scale, columns, rounding, key, dtype, donate, implementation
@@ -128,10 +156,14 @@ def choose_form(platform, factors, base=None, *, scale=1.0, columns=None, roundi
     if columns is not None:
         bases, v = _take_columns(bases, v, span, indices)
         spec = spec._replace(donate=False)
-    return choose(IMPLEMENTATIONS, implementation, platform, (bases, u, v, key), spec).name
+    return choose(
+        IMPLEMENTATIONS, implementation, platform, (bases, u, v, key), spec
+    ).name
 
 
-def _prepare(factors, base, scale, columns, rounding, key, dtype, donate, implementation):
+def _prepare(
+    factors, base, scale, columns, rounding, key, dtype, donate, implementation
+):
     """Return the arguments of `_run`, checked."""
     u, v = _checks.check_factors(factors)
     bases = _check_bases(base, (*u.shape[:-1], v.shape[-1]))
@@ -163,8 +195,10 @@ def _check_bases(base, shape):
         return ()
     if not isinstance(base, CompensatedWeight):
         return (_checks.check_base(base, shape),)
-    high, low = (_checks.check_base(part, shape, f"base.{name}")
-                 for name, part in zip(base._fields, base, strict=True))  # fmt: skip
+    high, low = (
+        _checks.check_base(part, shape, f"base.{name}")
+        for name, part in zip(base._fields, base, strict=True)
+    )
     return high, low
 
 
@@ -189,7 +223,9 @@ def _run(bases, u, v, scale, key, indices, span, spec, implementation):
     if not bases:
         return block
     others = _round_others(bases, spec, compute)
-    return jax.tree.map(lambda other, new: _put(other, new, span, indices), others, block)
+    return jax.tree.map(
+        lambda other, new: _put(other, new, span, indices), others, block
+    )
 
 
 def _take_columns(bases, v, span, indices):

@@ -38,7 +38,10 @@ def stack_factors(factors):
     pairs = _checks.check_pairs(factors)
     rank = max(u.shape[-1] for u, _ in pairs)
     parts = to_compute(*(part for pair in pairs for part in pair))
-    padded = [pad_rank(Factors(*pair), rank) for pair in zip(parts[::2], parts[1::2], strict=True)]
+    padded = [
+        pad_rank(Factors(*pair), rank)
+        for pair in zip(parts[::2], parts[1::2], strict=True)
+    ]
     return jax.tree.map(lambda *each: jnp.stack(each), *padded)
 
 
@@ -99,7 +102,9 @@ def _prepare(x, bank, index, base, scale, implementation):
             f"`bank` must have u [a, m, r] and v [a, r, n], got {u.shape} and {v.shape}. "
             "Make one with jlora.stack_factors."
         )
-    _checks.check_shape(x.shape[-1:], (u.shape[-2],), "x", "its columns are the rows of bank.u")
+    _checks.check_shape(
+        x.shape[-1:], (u.shape[-2],), "x", "its columns are the rows of bank.u"
+    )
     if base is not None:
         base = _checks.check_base(base, (u.shape[-2], v.shape[-1]))
     index = _check_index(index, x.shape[:-1], len(u))
@@ -122,7 +127,9 @@ def _check_index(index, shape, num_adapters):
         )
     _checks.check_shape(index.shape, shape, "index", "one for each row of x")
     if not isinstance(index, jax.core.Tracer):
-        outside = np.asarray(index)[(np.asarray(index) < -1) | (np.asarray(index) >= num_adapters)]
+        outside = np.asarray(index)[
+            (np.asarray(index) < -1) | (np.asarray(index) >= num_adapters)
+        ]
         if outside.size:
             raise ValueError(
                 f"`index` must lie in [-1, {num_adapters}), got {outside[0]}. "
@@ -194,7 +201,9 @@ def _apply_sorted(rows, u, v, scale, index):
 def _choose_block_rows(num_rows, num_adapters):
     """Return the power of two nearest above the rows that an adapter has on average."""
     average = -(-num_rows // num_adapters)
-    return min(max(1 << (average - 1).bit_length(), _LEAST_BLOCK_ROWS), _MOST_BLOCK_ROWS)
+    return min(
+        max(1 << (average - 1).bit_length(), _LEAST_BLOCK_ROWS), _MOST_BLOCK_ROWS
+    )
 
 
 def _count_blocks(num_rows, num_adapters):
@@ -205,5 +214,7 @@ def _count_blocks(num_rows, num_adapters):
 
 _IMPLEMENTATIONS = (
     Implementation("gather", can_always, _is_gain_gather, _apply_gathered),
-    Implementation("sort", can_always, lambda platform, *arguments: True, _apply_sorted),
+    Implementation(
+        "sort", can_always, lambda platform, *arguments: True, _apply_sorted
+    ),
 )

@@ -10,7 +10,7 @@ import optax
 
 from jlora import _checks
 from jlora._progress import Progress, report
-from jlora.adaptation.tree import join, split_trainable
+from jlora.adaptation.adapted_weight import join, split_trainable
 
 
 class TrainState(NamedTuple):
@@ -38,7 +38,7 @@ class FitResult(NamedTuple):
 
     Example:
         >>> import jlora
-        >>> jlora.FitResult._fields
+        >>> jlora.training.FitResult._fields
         ('adapted', 'losses', 'opt_state', 'stop_reason')
     """
 
@@ -49,9 +49,16 @@ class FitResult(NamedTuple):
 
 
 def fit(
-    loss, adapted, optimizer, batches, *,
-    num_steps=None, also_train=None, progress=None, log_every=100,
-):  # fmt: skip
+    loss,
+    adapted,
+    optimizer,
+    batches,
+    *,
+    num_steps=None,
+    also_train=None,
+    progress=None,
+    log_every=100,
+):
     """Return the adapted tree with its chosen parts trained by an optax optimiser.
 
     One step a batch. Frozen leaves come back as the same bits and have neither gradient nor
@@ -139,12 +146,18 @@ def init_train(adapted, optimizer, *, also_train=None):
     # Two copies: the step donates both, and neither may be the caller's own buffer.
     trainable, last_good = (jax.tree.map(jnp.copy, trainable) for _ in range(2))
     state = TrainState(
-        trainable, last_good, optimizer.init(trainable), jnp.zeros((), jnp.int32), jnp.array(True)
+        trainable,
+        last_good,
+        optimizer.init(trainable),
+        jnp.zeros((), jnp.int32),
+        jnp.array(True),
     )
     return state, frozen
 
 
-@functools.partial(jax.jit, static_argnames=("loss", "optimizer"), donate_argnames="state")
+@functools.partial(
+    jax.jit, static_argnames=("loss", "optimizer"), donate_argnames="state"
+)
 def train_step(loss, optimizer, state, frozen, batch):
     """Return (state, loss) after one update; the state given is donated.
 
@@ -216,7 +229,9 @@ def _make_result(state, frozen, losses):
         f"{max(step - 1, 0)}, where it was last finite. Lower the learning rate or check the batch."
     )
     report(f"fit stopped: {reason}")
-    return FitResult(join(state.trainable, frozen), losses[: step + 1], state.opt_state, reason)
+    return FitResult(
+        join(state.trainable, frozen), losses[: step + 1], state.opt_state, reason
+    )
 
 
 def _check_fit(loss, optimizer, batches):

@@ -16,8 +16,7 @@ from jlora._numerics import eye_like, is_finite, matmul, power_of_two_scale, to_
 from jlora.factorization.core import decompose_core
 from jlora.factorization.orthonormal import orthonormalize
 from jlora.factorization.sketch import fixed_sketch
-from jlora.factorization.svd import poison
-from jlora.factors import SVD, check_svd, fix_signs
+from jlora.factors import SVD, check_svd, fix_signs, mask_nonfinite
 from jlora.updates.recompression import decompose_product
 
 
@@ -56,7 +55,7 @@ def add_low_rank(svd, x, y, *, rank=None):
     Example:
         >>> import jax.numpy as jnp, jlora
         >>> svd = jlora.truncated_svd(jnp.diag(jnp.array([3.0, 0.0])), 1)
-        >>> more = jlora.add_low_rank(svd, jnp.array([[0.0], [1.0]]), jnp.array([[0.0, 5.0]]))
+        >>> more = jlora.updates.add_low_rank(svd, jnp.array([[0.0], [1.0]]), jnp.array([[0.0, 5.0]]))
         >>> more.s.round(4).tolist()
         [5.0, 3.0]
     """
@@ -92,7 +91,7 @@ def append_columns(svd, c, *, rank=None):
     Example:
         >>> import jax.numpy as jnp, jlora
         >>> svd = jlora.truncated_svd(jnp.array([[3.0], [0.0]]), 1)
-        >>> wider = jlora.append_columns(svd, jnp.array([[0.0], [4.0]]))
+        >>> wider = jlora.updates.append_columns(svd, jnp.array([[0.0], [4.0]]))
         >>> wider.vt.shape, wider.s.round(4).tolist()
         ((2, 2), [4.0, 3.0])
     """
@@ -102,7 +101,9 @@ def append_columns(svd, c, *, rank=None):
     _checks.check_shape(c.shape, (*u.shape[:-1], k), "c", "the rows of svd.u")
     unit = jnp.eye(k, vt.shape[-1] + k, vt.shape[-1], dtype=vt.dtype)
     wider = SVD(u, s, jnp.pad(vt, [(0, 0)] * (vt.ndim - 1) + [(0, k)]))
-    return add_low_rank(wider, c, jnp.broadcast_to(unit, (*u.shape[:-2], *unit.shape)), rank=rank)
+    return add_low_rank(
+        wider, c, jnp.broadcast_to(unit, (*u.shape[:-2], *unit.shape)), rank=rank
+    )
 
 
 def append_rows(svd, rows, *, rank=None):
@@ -127,15 +128,16 @@ def append_rows(svd, rows, *, rank=None):
     Example:
         >>> import jax.numpy as jnp, jlora
         >>> svd = jlora.truncated_svd(jnp.array([[3.0, 0.0]]), 1)
-        >>> taller = jlora.append_rows(svd, jnp.array([[0.0, 4.0]]))
+        >>> taller = jlora.updates.append_rows(svd, jnp.array([[0.0, 4.0]]))
         >>> taller.u.shape, taller.s.round(4).tolist()
         ((2, 2), [4.0, 3.0])
     """
     u, s, vt = check_svd(svd)
     rows = _checks.check_matrix(rows, "rows")
     k = rows.shape[-2]
-    _checks.check_shape(rows.shape, (*u.shape[:-2], k, vt.shape[-1]), "rows",
-                        "the columns of svd.vt")  # fmt: skip
+    _checks.check_shape(
+        rows.shape, (*u.shape[:-2], k, vt.shape[-1]), "rows", "the columns of svd.vt"
+    )
     unit = jnp.eye(u.shape[-2] + k, k, -u.shape[-2], dtype=u.dtype)
     taller = SVD(jnp.pad(u, [(0, 0)] * (u.ndim - 2) + [(0, k), (0, 0)]), s, vt)
     return add_low_rank(
@@ -148,20 +150,27 @@ def _add_low_rank(svd, x, y, rank):
     u, s, vt, x, y = to_compute(*svd, x, y)
     if u.shape[-1] + x.shape[-1] > min(u.shape[-2], vt.shape[-1]):
         # There is no room for as many new directions.
-        left, right = jnp.concatenate([u * s[..., None, :], x], -1), jnp.concatenate([vt, y], -2)
+        left, right = (
+            jnp.concatenate([u * s[..., None, :], x], -1),
+            jnp.concatenate([vt, y], -2),
+        )
         return decompose_product(left, right, rank)
     scale_x, scale_y = power_of_two_scale(x), power_of_two_scale(y)
     left, part_x = extend_basis(u.mT, x.mT / scale_x)
     right, part_y = extend_basis(vt, y / scale_y)
     # Of the two terms neither may overflow where the other is what counts.
-    scale = power_of_two_scale(jnp.concatenate([s, (scale_x * scale_y)[..., 0]], -1)[..., None, :])
+    scale = power_of_two_scale(
+        jnp.concatenate([s, (scale_x * scale_y)[..., 0]], -1)[..., None, :]
+    )
     term = matmul(part_x.mT, part_y) * (scale_x / scale * scale_y)
     old = jnp.pad(s / scale[..., 0], [(0, 0)] * (s.ndim - 1) + [(0, x.shape[-1])])
     core = term + old[..., None] * eye_like(term)
     noise = fixed_sketch(rank, core.shape[-1], core.dtype)
     e, s, f = decompose_core(core, rank, noise, is_reduced=False)
-    svd = SVD(_settle(matmul(e.mT, left)).mT, s * scale[..., 0], _settle(matmul(f, right)))
-    return poison(fix_signs(svd), is_finite(core))
+    svd = SVD(
+        _settle(matmul(e.mT, left)).mT, s * scale[..., 0], _settle(matmul(f, right))
+    )
+    return mask_nonfinite(fix_signs(svd), is_finite(core))
 
 
 def extend_basis(basis, rows):

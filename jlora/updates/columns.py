@@ -54,7 +54,9 @@ def set_columns(factors, columns, values):
     indices = _checks.check_columns(columns, v.shape[-1])
     batch = v.shape[:-2] if values.ndim > 2 else ()
     expected = (*batch, v.shape[-2], len(indices))
-    _checks.check_shape(values.shape, expected, "values", "rank rows, one column for each set")
+    _checks.check_shape(
+        values.shape, expected, "values", "rank rows, one column for each set"
+    )
     v = v.at[..., indices].set(values.astype(v.dtype))
     return decompose_product(u, v, v.shape[-2]) if is_svd else Factors(u, v)
 
@@ -88,7 +90,7 @@ def replace_columns(svd, columns, c, *, rank=None):
     Example:
         >>> import jax.numpy as jnp, jlora
         >>> svd = jlora.truncated_svd(jnp.diag(jnp.array([3.0, 2.0])), 2)
-        >>> jlora.replace_columns(svd, [0], jnp.array([[5.0], [0.0]])).s.round(4).tolist()
+        >>> jlora.updates.replace_columns(svd, [0], jnp.array([[5.0], [0.0]])).s.round(4).tolist()
         [5.0, 2.0]
     """
     u, s, vt = check_svd(svd)
@@ -96,7 +98,9 @@ def replace_columns(svd, columns, c, *, rank=None):
     n = vt.shape[-1]
     indices = _checks.check_columns(columns, n)
     k = len(indices)
-    _checks.check_shape(c.shape, (*u.shape[:-1], k), "c", "rows of svd.u, a column for each")
+    _checks.check_shape(
+        c.shape, (*u.shape[:-1], k), "c", "rows of svd.u, a column for each"
+    )
     u, s, vt, c = to_compute(u, s, vt, c)
     difference = c - matmul(u * s[..., None, :], vt[..., indices])
     places = jnp.zeros((k, n), vt.dtype).at[jnp.arange(k), indices].set(1)
@@ -130,7 +134,7 @@ def remove_columns(svd, columns):
     Example:
         >>> import jax.numpy as jnp, jlora
         >>> svd = jlora.truncated_svd(jnp.diag(jnp.array([3.0, 2.0, 1.0])), 3)
-        >>> jlora.remove_columns(svd, 1).s.round(4).tolist()
+        >>> jlora.updates.remove_columns(svd, 1).s.round(4).tolist()
         [3.0, 2.0]
     """
     u, s, vt = check_svd(svd)
@@ -146,4 +150,6 @@ def remove_columns(svd, columns):
             f"`columns` must leave at least one of {n} columns, got all of them. Name fewer."
         )
     left = np.delete(np.arange(n), indices)
-    return decompose_product(u, s[..., None] * vt[..., left], min(s.shape[-1], len(left)))
+    return decompose_product(
+        u, s[..., None] * vt[..., left], min(s.shape[-1], len(left))
+    )

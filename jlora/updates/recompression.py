@@ -6,13 +6,20 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _checks
-from jlora._numerics import is_finite, matmul, power_of_two_scale, to_compute
+from jlora._numerics import (
+    is_finite,
+    matmul,
+    power_of_two_scale,
+    refuse_derivative,
+    to_compute,
+)
 from jlora.factorization.core import decompose_core
+from jlora.factorization.iteration import iterate
+from jlora.factorization.operators import ImplicitProduct
 from jlora.factorization.orthonormal import orthonormalize
-from jlora.factorization.products import ImplicitProduct
+from jlora.factorization.passes import plan_iteration
 from jlora.factorization.sketch import fixed_sketch
-from jlora.factorization.svd import iterate, plan_iteration, poison, refuse_derivative
-from jlora.factors import SVD, Factors, fix_signs, pad_rank, split_svd
+from jlora.factors import SVD, Factors, fix_signs, mask_nonfinite, pad_rank, split_svd
 
 
 def concatenate_factors(factors, weights=None):
@@ -54,8 +61,10 @@ def concatenate_factors(factors, weights=None):
             f"got {len(weights)}. Leave it out for a plain sum."
         )
     parts = to_compute(*(part for pair in pairs for part in pair))
-    us = [u * jnp.asarray(weight, u.dtype)
-          for weight, u in zip(weights, parts[::2], strict=True)]  # fmt: skip
+    us = [
+        u * jnp.asarray(weight, u.dtype)
+        for weight, u in zip(weights, parts[::2], strict=True)
+    ]
     return Factors(jnp.concatenate(us, axis=-1), jnp.concatenate(parts[1::2], axis=-2))
 
 
@@ -106,8 +115,9 @@ def recompress(factors, rank, *, key=None):
     num_passes, block_size, width = plan_iteration((u.shape[-2], v.shape[-1]), rank)
     if width >= _find_limit(u, v):
         return decompose_product(u, v, rank)
-    return _recompress_randomly(refuse_derivative(u), refuse_derivative(v), key, rank,
-                                num_passes, block_size)  # fmt: skip
+    return _recompress_randomly(
+        refuse_derivative(u), refuse_derivative(v), key, rank, num_passes, block_size
+    )
 
 
 def balance(factors):
@@ -134,7 +144,7 @@ def balance(factors):
     Example:
         >>> import jax.numpy as jnp, jlora
         >>> factors = jlora.Factors(jnp.full((4, 1), 8.0), jnp.full((1, 4), 2.0))
-        >>> u, v = jlora.balance(factors)
+        >>> u, v = jlora.updates.balance(factors)
         >>> round(float((u.T @ u)[0, 0]), 3), round(float((v @ v.T)[0, 0]), 3)
         (64.0, 64.0)
     """
@@ -175,7 +185,7 @@ def orthogonalize_product(factors):
         >>> keys = jax.random.split(jax.random.key(0))
         >>> factors = jlora.Factors(jax.random.normal(keys[0], (9, 2)),
         ...                         jax.random.normal(keys[1], (2, 7)))
-        >>> polar = jlora.reconstruct(jlora.orthogonalize_product(factors))
+        >>> polar = jlora.reconstruct(jlora.updates.orthogonalize_product(factors))
         >>> jnp.linalg.svd(polar, compute_uv=False)[:3].round(3).tolist()
         [1.0, 1.0, 0.0]
     """
@@ -185,7 +195,9 @@ def orthogonalize_product(factors):
     least = 10 * jnp.finfo(s.dtype).eps * kept**0.5 * s[..., :1]
     # NaN is not below anything, and stays.
     gone = (s <= least)[..., None]
-    return pad_rank(Factors(jnp.where(gone.mT, 0, left), jnp.where(gone, 0, right)), rank)
+    return pad_rank(
+        Factors(jnp.where(gone.mT, 0, left), jnp.where(gone, 0, right)), rank
+    )
 
 
 def _find_limit(u, v):
@@ -216,7 +228,7 @@ def decompose_product(u, v, rank):
         s * scale_u[..., 0] * scale_v[..., 0],
         f if right is None else matmul(f, right),
     )
-    return poison(fix_signs(svd), is_finite(core))
+    return mask_nonfinite(fix_signs(svd), is_finite(core))
 
 
 def _find_basis(rows):

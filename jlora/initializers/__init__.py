@@ -1,0 +1,1 @@
+"""Weight (and data) → its first factors."""
