@@ -1,15 +1,38 @@
-"""Every rule about arguments, and the sentence that says it was broken."""
+"""Checks of arguments that several files share, and the messages of their errors.
+
+Each function returns the checked value, or returns None if there is nothing to convert.
+A rule that only one file needs is checked in that file.
+"""
+
+from __future__ import annotations
 
 import operator
+from collections.abc import Collection, Sequence
+from types import ModuleType
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+
+from jlora._types import AnyArray, Array, Float, Int, PRNGKey
+
+T = TypeVar("T")
+
+# u [*batch, m, r] and v [*batch, r, n]. `Factors` is such a pair.
+Pair: TypeAlias = tuple[Float[AnyArray, "*batch m r"], Float[AnyArray, "*batch r n"]]
+CheckedPair: TypeAlias = tuple[Float[Array, "*batch m r"], Float[Array, "*batch r n"]]
+# A count k of the last columns, a slice, or indices.
+Columns: TypeAlias = int | slice | Sequence[int] | Int[AnyArray, " k"]
 
 
-def check_matrix(a, name="a", *, min_ndim=2):
-    """Return `a` as a JAX array of shape [..., m, n] with a real floating dtype."""
+def check_matrix(
+    a: Float[AnyArray, "*batch m n"], name: str = "a", *, min_ndim: int = 2
+) -> Float[Array, "*batch m n"]:
+    """Return `a` as a JAX array of matrices with a real floating dtype."""
     a = check_array(a, name)
+
     if a.ndim < min_ndim:
         raise ValueError(
             f"`{name}` must have at least {min_ndim} axes, got shape {a.shape}. "
@@ -23,13 +46,13 @@ def check_matrix(a, name="a", *, min_ndim=2):
     return a
 
 
-def check_array(a, name):
+def check_array(a: Float[AnyArray, "*shape"], name: str) -> Float[Array, "*shape"]:
     """Return `a` as a JAX array with a real floating dtype."""
     return jnp.asarray(check_floating(a, name))
 
 
-def check_floating(a, name):
-    """Return `a` as it is, a NumPy or JAX array with a real floating dtype."""
+def check_floating(a: Any, name: str) -> Any:
+    """Return `a` itself, an array of any kind with a real floating dtype."""
     if not (hasattr(a, "shape") and hasattr(a, "dtype")):
         raise TypeError(
             f"`{name}` must be a NumPy or JAX array, got {type(a).__name__}. "
@@ -43,11 +66,16 @@ def check_floating(a, name):
     return a
 
 
-def check_finite(a, name):
-    """Refuse an array with NaN or Inf in it; a traced one cannot be looked at and passes."""
-    if isinstance(a, jax.core.Tracer):
+def check_finite(a: Float[AnyArray, ...], name: str, *, xp: ModuleType = jnp) -> None:
+    """Refuse an array with NaN or Inf. A traced array passes: it has no values yet.
+
+    `xp` is the module that reads the values. jnp casts a NumPy array to the dtype that
+    JAX computes in: without x64, a float64 value above 3.4e38 counts as Inf. np does
+    not.
+    """
+    if isinstance(a, Tracer):
         return
-    num_bad = int(jnp.sum(~jnp.isfinite(a)))
+    num_bad = int(xp.sum(~xp.isfinite(a)))
     if num_bad:
         raise ValueError(
             f"`{name}` must be finite, got {num_bad} NaN or Inf among {a.size} values. "
@@ -55,9 +83,11 @@ def check_finite(a, name):
         )
 
 
-def check_integer(value, name, *, minimum=1, maximum=None):
+def check_integer(
+    value: Any, name: str, *, minimum: int = 1, maximum: int | None = None
+) -> int:
     """Return `value` as a static int in [minimum, maximum]."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise TypeError(
             f"`{name}` must be a static Python integer, got a traced value. "
             f"Mark it with jax.jit(..., static_argnames={name!r})."
@@ -68,8 +98,10 @@ def check_integer(value, name, *, minimum=1, maximum=None):
         value = operator.index(value)
     except TypeError:
         raise TypeError(
-            f"`{name}` must be an integer, got {value!r}. Round it to a whole number first."
+            f"`{name}` must be an integer, got {value!r}. "
+            "Round it to a whole number first."
         ) from None
+
     if value < minimum:
         raise ValueError(
             f"`{name}` must be at least {minimum}, got {value}. Choose a larger value."
@@ -81,7 +113,30 @@ def check_integer(value, name, *, minimum=1, maximum=None):
     return value
 
 
-def check_rank(rank, shape, name="rank"):
+def check_interval(
+    value: float | int,
+    name: str,
+    lower: float | int,
+    upper: float | int,
+    *,
+    closed: Literal["left", "right", "neither"],
+    advice: str,
+) -> None:
+    """Refuse NaN, and a number outside of the interval from `lower` to `upper`.
+
+    `closed` names the end that belongs to it; `advice` is the message's last sentence.
+    """
+    is_above = lower <= value if closed == "left" else lower < value
+    is_below = value <= upper if closed == "right" else value < upper
+    if not (is_above and is_below):
+        left = "[" if closed == "left" else "("
+        right = "]" if closed == "right" else ")"
+        raise ValueError(
+            f"`{name}` must lie in {left}{lower}, {upper}{right}, got {value}. {advice}"
+        )
+
+
+def check_rank(rank: int, shape: Sequence[int], name: str = "rank") -> int:
     """Return `rank` as an int in [1, min(m, n)] for a matrix of `shape` [..., m, n]."""
     limit = min(shape[-2:])
     rank = check_integer(rank, name)
@@ -93,8 +148,8 @@ def check_rank(rank, shape, name="rank"):
     return rank
 
 
-def check_factors(factors, name="factors"):
-    """Return the two arrays of `factors` after checking that u @ v is defined."""
+def check_factors(factors: Pair, name: str = "factors") -> CheckedPair:
+    """Return the two arrays of `factors` after a check that u @ v is defined."""
     if not (isinstance(factors, tuple) and len(factors) == 2):
         raise TypeError(
             f"`{name}` must be a pair Factors(u, v), got {type(factors).__name__}. "
@@ -102,6 +157,7 @@ def check_factors(factors, name="factors"):
         )
     u = check_matrix(factors[0], f"{name}.u")
     v = check_matrix(factors[1], f"{name}.v")
+
     if u.shape[-1] != v.shape[-2] or u.shape[:-2] != v.shape[:-2]:
         raise ValueError(
             f"`{name}` must have u of shape [..., m, r] and v of shape [..., r, n], "
@@ -110,59 +166,71 @@ def check_factors(factors, name="factors"):
     return u, v
 
 
-def check_base(base, shape, name="base"):
-    """Return `base` as a matrix of the shape that u @ v has."""
+def check_base(
+    base: Float[AnyArray, "*batch m n"], shape: Sequence[int], name: str = "base"
+) -> Float[Array, "*batch m n"]:
+    """Return `base` as a JAX array of the given `shape`, the shape of u @ v."""
     base = check_matrix(base, name)
-    check_shape(base.shape, shape, name, "that of u @ v")
+    check_shape(base.shape, shape, name, "the shape of u @ v")
     return base
 
 
-def check_pairs(factors):
-    """Return [(u, v)] of a sequence of factors of products of one size."""
+def check_pairs(
+    factors: Sequence[
+        tuple[Float[AnyArray, "*batch m _"], Float[AnyArray, "*batch _ n"]]
+    ],
+) -> list[tuple[Float[Array, "*batch m _"], Float[Array, "*batch _ n"]]]:
+    """Return [(u, v)] for factors of one product shape; the ranks may differ."""
     pairs = [check_factors(pair, f"factors[{i}]") for i, pair in enumerate(factors)]
     if not pairs:
         raise ValueError(
             "`factors` must hold at least one pair, got none. Pass Factors(u, v)."
         )
-    (u, v), *others = pairs
-    for i, (other_u, other_v) in enumerate(others, start=1):
-        rank = other_u.shape[-1]
-        expected = (*u.shape[:-1], rank)
-        check_shape(
-            other_u.shape, expected, f"factors[{i}].u", "the rows of factors[0]"
-        )
-        expected = (*v.shape[:-2], rank, v.shape[-1])
-        check_shape(
-            other_v.shape, expected, f"factors[{i}].v", "the columns of factors[0]"
-        )
+
+    (first_u, first_v), *others = pairs
+    for i, (u, v) in enumerate(others, start=1):
+        rank = u.shape[-1]
+        u_shape = (*first_u.shape[:-1], rank)
+        v_shape = (*first_v.shape[:-2], rank, first_v.shape[-1])
+        check_shape(u.shape, u_shape, f"factors[{i}].u", "the rows of factors[0]")
+        check_shape(v.shape, v_shape, f"factors[{i}].v", "the columns of factors[0]")
     return pairs
 
 
-def check_shape(shape, expected, name, meaning):
-    """Refuse a `shape` that is not exactly the expected one."""
+def check_shape(
+    shape: Sequence[int], expected: Sequence[int], name: str, meaning: str
+) -> None:
+    """Refuse a `shape` that differs from `expected`; `meaning` explains the latter."""
     if tuple(shape) != tuple(expected):
         raise ValueError(
-            f"`{name}` must have shape {tuple(expected)} ({meaning}), got {tuple(shape)}. "
-            "Check its orientation and size."
+            f"`{name}` must have shape {tuple(expected)} ({meaning}), "
+            f"got {tuple(shape)}. Check its orientation and size."
         )
 
 
-def check_choice(value, choices, name):
+def check_choice(value: T, choices: Collection[T], name: str) -> T:
     """Return `value` if it is one of `choices`."""
     if value not in choices:
+        listed = ", ".join(map(repr, choices))
         raise ValueError(
-            f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}. Choose one."
+            f"`{name}` must be one of {listed}, got {value!r}. Choose one."
         )
     return value
 
 
-def check_key(key, name="key"):
+def check_key(key: PRNGKey, name: str = "key") -> PRNGKey:
     """Return `key` if it is one typed PRNG key."""
+    if _is_legacy_key(key):
+        raise TypeError(
+            f"`{name}` must be a typed PRNG key, got a legacy uint32 key. Make one "
+            "with jax.random.key(seed), or wrap it with jax.random.wrap_key_data."
+        )
     if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         raise TypeError(
             f"`{name}` must be a typed PRNG key, got {type(key).__name__}. "
             "Make one with jax.random.key(seed)."
         )
+
     if key.shape != ():
         raise ValueError(
             f"`{name}` must be a single key, got keys of shape {key.shape}. "
@@ -171,15 +239,22 @@ def check_key(key, name="key"):
     return key
 
 
-def check_columns(columns, num_columns, name="columns"):
-    """Return column indices [k]: an int means the last k, else a slice or a list of indices.
+def _is_legacy_key(key: Any) -> bool:
+    """Return whether `key` looks like one, or a batch, of jax.random.PRNGKey."""
+    if getattr(key, "dtype", None) != np.uint32:
+        return False
+    return key.shape[-1:] in ((2,), (4,))  # the words of threefry and of rbg
 
-    Concrete indices are checked for range and repetition and come back as a NumPy array;
-    traced ones cannot be, and come back as they are.
+
+def check_columns(columns: Any, num_columns: int, name: str = "columns") -> Any:
+    """Return column indices from an int k (the last k), a slice or a list of indices.
+
+    Concrete indices are checked for range and repetition, and returned as a NumPy array
+    of values in [0, num_columns). Traced indices are returned unchecked.
     """
     if isinstance(columns, slice):
         indices = np.arange(num_columns)[columns]
-    elif isinstance(columns, jax.core.Tracer) and columns.ndim == 1:
+    elif isinstance(columns, Tracer) and columns.ndim == 1:
         return _check_index_dtype(columns, name)
     elif np.ndim(columns) == 0:
         count = check_integer(columns, name, maximum=num_columns)
@@ -189,30 +264,36 @@ def check_columns(columns, num_columns, name="columns"):
     return _check_indices(indices, num_columns, name)
 
 
-def _check_index_dtype(indices, name):
+def _check_index_dtype(indices: Any, name: str) -> Any:
+    """Return `indices` if they are integers on one axis."""
     if indices.ndim != 1 or not jnp.issubdtype(indices.dtype, jnp.integer):
         raise TypeError(
-            f"`{name}` must be an integer k (the last k), a slice, or a 1-D array of integers, "
-            f"got dtype {indices.dtype} of shape {indices.shape}. "
+            f"`{name}` must be an integer k (the last k), a slice, or a 1-D array of "
+            f"integers, got dtype {indices.dtype} of shape {indices.shape}. "
             "Convert a mask with np.flatnonzero."
         )
     return indices
 
 
-def _check_indices(indices, num_columns, name):
+def _check_indices(
+    indices: Int[np.ndarray, " k"], num_columns: int, name: str
+) -> Int[np.ndarray, " k"]:
+    """Return unique indices in [0, num_columns) from possibly negative ones."""
     if indices.size == 0:
         raise ValueError(
             f"`{name}` must name at least one column, got none. Leave it out instead."
         )
-    outside = indices[(indices < -num_columns) | (indices >= num_columns)]
-    if outside.size:
+    is_outside = (indices < -num_columns) | (indices >= num_columns)
+    if is_outside.any():
         raise ValueError(
-            f"`{name}` must lie in [-{num_columns}, {num_columns}), got {outside[0]}. "
-            "Count the columns of the matrix."
+            f"`{name}` must lie in [-{num_columns}, {num_columns}), "
+            f"got {indices[is_outside][0]}. Count the columns of the matrix."
         )
+
     indices = indices % num_columns
     if np.unique(indices).size != indices.size:
         raise ValueError(
-            f"`{name}` must name each column once, got {indices.tolist()}. Remove the repetitions."
+            f"`{name}` must name each column once, got {indices.tolist()}. "
+            "Remove the repetitions."
         )
     return indices

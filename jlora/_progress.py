@@ -1,36 +1,49 @@
-"""Progress for people: a bar on a terminal, plain lines elsewhere."""
+"""Progress of long loops on stderr: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
 
 import sys
 import time
 
 
 class Progress:
-    """Reports steps of one job on stderr: a bar on a terminal, elsewhere lines unless quiet."""
+    """A display of the steps of one task, as a bar on a terminal or as lines elsewhere.
+
+    Args:
+        description: the name of the task.
+        total: the number of steps. None: unknown.
+        enabled: False: show nothing. None or True: show progress.
+        every: the most steps that may wait until `is_due` says yes.
+        unit: of a step, in the plural.
+        is_quiet: write no lines where there is no terminal.
+    """
 
     def __init__(
         self,
-        description,
-        total=None,
+        description: str,
+        total: int | None = None,
         *,
-        enabled=None,
-        every=100,
-        unit="steps",
-        is_quiet=False,
-    ):
+        enabled: bool | None = None,
+        every: int = 100,
+        unit: str = "steps",
+        is_quiet: bool = False,
+    ) -> None:
         self._stream = sys.stderr
         self._description = description
         self._total = total
         self._enabled = enabled is not False
         self._every = every
-        self._start = time.perf_counter()
         self._unit = unit
         self._is_quiet = is_quiet
-        self._done = 0
+
+        self._num_done = 0
         self._num_bytes = 0
-        self._last_look = self._start
+        self._started_at = time.perf_counter()
+        self._updated_at = self._started_at
+
         self._bar = None
         if self._enabled and self._stream.isatty():
-            # Imported where it is used: importing jlora is to cost next to nothing.
+            # Imported on use, which keeps the import of jlora fast.
             import tqdm
 
             self._bar = tqdm.tqdm(
@@ -41,39 +54,48 @@ class Progress:
                 unit=f" {unit}",
             )
 
-    def is_due(self, num_waiting):
-        """Say whether to look at what the device has done: a bar wants to move twice a second."""
-        waited = time.perf_counter() - self._last_look
+    def is_due(self, num_waiting: int) -> bool:
+        """Return whether to wait for the device and call `advance`.
+
+        That is after `every` steps, and for a bar also after half a second.
+        """
+        waited = time.perf_counter() - self._updated_at
         return num_waiting >= self._every or (self._bar is not None and waited > 0.5)
 
-    def advance(self, count, text="", num_bytes=0):
-        """Count `count` more steps as done, and show `text` or the bytes a second beside them."""
-        self._done += count
+    def advance(self, count: int, text: str = "", num_bytes: int = 0) -> None:
+        """Count `count` more steps as done, and show `text` or the bytes per second."""
+        self._num_done += count
         self._num_bytes += num_bytes
-        self._last_look = time.perf_counter()
-        elapsed = max(self._last_look - self._start, 1e-9)
+        self._updated_at = time.perf_counter()
+
+        elapsed = max(self._updated_at - self._started_at, 1e-9)
         if self._num_bytes:
             text = f"{self._num_bytes / elapsed / 1e6:.0f} MB/s"
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(count)
         elif self._enabled and not self._is_quiet:
-            total = "" if self._total is None else f"/{self._total}"
-            step = "step " if self._unit == "steps" else ""
-            print(
-                f"{self._description}: {step}{self._done}{total}"
-                f"{'' if step else f' {self._unit}'}, {text}, "
-                f"{self._done / elapsed:.1f} {self._unit}/s",
-                file=self._stream,
-            )
+            self._print_line(text, self._num_done / elapsed)
 
-    def close(self):
+    def _print_line(self, text: str, rate: float) -> None:
+        """Write one line, such as "fit: step 20/50, loss 0.1, 30.0 steps/s"."""
+        done = str(self._num_done)
+        if self._total is not None:
+            done = f"{done}/{self._total}"
+        done = f"step {done}" if self._unit == "steps" else f"{done} {self._unit}"
+        print(
+            f"{self._description}: {done}, {text}, {rate:.1f} {self._unit}/s",
+            file=self._stream,
+        )
+
+    def close(self) -> None:
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
 
 
-def report(text):
-    """Write one line to stderr without breaking a bar that is being drawn."""
+def report(text: str) -> None:
+    """Write one line to stderr without breaking a bar on the same terminal."""
     import tqdm
 
     tqdm.tqdm.write(text, file=sys.stderr)

@@ -26,5 +26,5 @@ Array: TypeAlias = jax.Array
 AnyArray: TypeAlias = jax.Array | np.ndarray  # where NumPy arrays are accepted too
 DTypeLike: TypeAlias = Any  # jnp.float32, "float32", np.dtype("float32"), ...
 PRNGKey: TypeAlias = Key[Array, ""]  # one typed key, from jax.random.key
-Scalar: TypeAlias = float | int | jax.Array | np.ndarray | np.generic  # one number
+Scalar: TypeAlias = float | int | jax.Array  # one number, or an array of one
 Tree: TypeAlias = Any  # a pytree of arrays

@@ -1,17 +1,19 @@
-"""`SVD` and `Factors`: what passes between the rooms, and the way from one to the other."""
+"""`SVD` and `Factors`, the values that packages exchange, and their conversions."""
 
-from typing import NamedTuple
+from __future__ import annotations
 
-import jax
+from typing import Literal, NamedTuple
+
 import jax.numpy as jnp
 
 from jlora import _checks
+from jlora._types import Array, Bool, Float, Int
+
+__all__ = ["SVD", "Factors", "fix_signs", "split_svd"]
 
 
 class SVD(NamedTuple):
     """Truncated singular value decomposition, a ≈ (u * s) @ vt.
-
-    Shapes: m, n rows and columns of the matrix, r the rank, ... batch axes.
 
     Example:
         >>> import jax, jlora
@@ -21,17 +23,15 @@ class SVD(NamedTuple):
         ((6, 2), (2,), (2, 4))
     """
 
-    u: jax.Array  # [..., m, r], orthonormal columns
-    s: jax.Array  # [..., r], descending, not negative
-    vt: jax.Array  # [..., r, n], orthonormal rows
+    u: Float[Array, "*batch m r"]  # orthonormal columns
+    s: Float[Array, "*batch r"]  # descending, not negative
+    vt: Float[Array, "*batch r n"]  # orthonormal rows
 
 
 class Factors(NamedTuple):
     """Two thin factors that stand for the matrix u @ v.
 
     In the letters of LoRA, A = uᵀ and B = vᵀ.
-
-    Shapes: m, n rows and columns of the matrix, r the rank, ... batch axes.
 
     Example:
         >>> import jax.numpy as jnp, jlora
@@ -40,30 +40,31 @@ class Factors(NamedTuple):
         (6, 4)
     """
 
-    u: jax.Array  # [..., m, r]
-    v: jax.Array  # [..., r, n]
+    u: Float[Array, "*batch m r"]
+    v: Float[Array, "*batch r n"]
 
 
-def split_svd(svd, absorb="both"):
-    """Return the Factors of an SVD, the singular values put on one side or on both.
+def split_svd(
+    svd: SVD, absorb: Literal["both", "balanced", "left", "right"] = "both"
+) -> Factors:
+    """Return the factors of an SVD, with the singular values in one of them or in both.
 
     u diag(s) vt = (u diag(s)^p) (diag(s)^(1-p) vt), with p = 1/2, 1 or 0.
 
-    Shapes: m, n rows and columns, r rank.
-
     Args:
-        svd: `SVD` of u [..., m, r], s [..., r], vt [..., r, n].
-        absorb: "both" (√s on each side), "left" (s on u) or "right" (s on v, which makes
-            v[:, j] the coordinates of column j in the orthonormal basis u).
+        svd: the SVD of a matrix, or of a batch.
+        absorb: the factor that takes the singular values. "both": √s on each side.
+            "left": s on u. "right": s on v, which makes v[:, j] the coordinates of
+            column j in the orthonormal basis u. "balanced" is another name of "both".
 
     Returns:
-        `Factors` of u [..., m, r] and v [..., r, n], in the dtype of the SVD.
+        `Factors` in the dtype of the SVD.
 
     Raises:
         TypeError: `svd` is not an SVD.
-        ValueError: `absorb` is none of the three, or the shapes do not fit together.
+        ValueError: `absorb` is unknown, or the shapes do not fit together.
 
-    Gradients: those of the products. "balanced" has an infinite derivative at s = 0.
+    Gradients: of the products. "both" has an infinite derivative at s = 0.
 
     Example:
         >>> import jax.numpy as jnp, jlora
@@ -71,8 +72,10 @@ def split_svd(svd, absorb="both"):
         >>> abs(jlora.split_svd(svd).v).round(3).tolist()
         [[2.0, 0.0]]
     """
-    _checks.check_choice(absorb, ("both", "balanced", "left", "right"), "absorb")
+    if absorb != "balanced":
+        _checks.check_choice(absorb, ("both", "left", "right"), "absorb")
     u, s, vt = check_svd(svd)
+
     if absorb == "left":
         return Factors(u * s[..., None, :], vt)
     if absorb == "right":
@@ -81,25 +84,23 @@ def split_svd(svd, absorb="both"):
     return Factors(u * root[..., None, :], root[..., :, None] * vt)
 
 
-def fix_signs(svd):
-    """Return the SVD with the sign of each triplet chosen by a rule: the same one each time.
+def fix_signs(svd: SVD) -> SVD:
+    """Return the SVD with a unique sign for each triplet.
 
-    The entry of largest magnitude in each column of u is made positive, the first of them where
-    several are as large. u diag(s) vt stays what it is.
-
-    Shapes: m, n rows and columns, r rank.
+    The entry of largest magnitude in each column of u becomes positive (the first one,
+    if several are equally large). The product u diag(s) vt does not change.
 
     Args:
-        svd: `SVD` of u [..., m, r], s [..., r], vt [..., r, n].
+        svd: the SVD of a matrix, or of a batch.
 
     Returns:
         `SVD` of the same shapes and dtypes.
 
     Raises:
         TypeError: `svd` is not an SVD.
-        ValueError: shapes that do not fit together.
+        ValueError: the shapes do not fit together.
 
-    Gradients: those of u and vt, turned with them.
+    Gradients: of u and vt, with the same signs.
 
     Example:
         >>> import jax.numpy as jnp, jlora
@@ -109,22 +110,16 @@ def fix_signs(svd):
     """
     u, s, vt = check_svd(svd)
     largest = jnp.argmax(jnp.abs(u), axis=-2, keepdims=True)
-    negative = jnp.take_along_axis(u, largest, axis=-2) < 0  # [..., 1, r]
-    return SVD(jnp.where(negative, -u, u), s, jnp.where(negative.mT, -vt, vt))
+    is_negative = jnp.take_along_axis(u, largest, axis=-2) < 0  # [*batch, 1, r]
+    return SVD(jnp.where(is_negative, -u, u), s, jnp.where(is_negative.mT, -vt, vt))
 
 
-def pad_rank(factors, rank):
-    """Return factors of the same product with zeros up to `rank`."""
-    u, v = factors
-    no_padding, missing = [(0, 0)] * (u.ndim - 2), rank - u.shape[-1]
-    return Factors(
-        jnp.pad(u, [*no_padding, (0, 0), (0, missing)]),
-        jnp.pad(v, [*no_padding, (0, missing), (0, 0)]),
-    )
-
-
-def check_svd(svd, name="svd"):
-    """Return the three arrays of `svd` after checking that they belong together."""
+def check_svd(
+    svd: SVD, name: str = "svd"
+) -> tuple[
+    Float[Array, "*batch m r"], Float[Array, "*batch r"], Float[Array, "*batch r n"]
+]:
+    """Return the three arrays of `svd` after a check that their shapes fit together."""
     if not (isinstance(svd, tuple) and len(svd) == 3):
         raise TypeError(
             f"`{name}` must be a triple SVD(u, s, vt), got {type(svd).__name__}. "
@@ -133,6 +128,7 @@ def check_svd(svd, name="svd"):
     u = _checks.check_matrix(svd[0], f"{name}.u")
     s = _checks.check_array(svd[1], f"{name}.s")
     vt = _checks.check_matrix(svd[2], f"{name}.vt")
+
     fits = u.shape[:-2] + u.shape[-1:] == s.shape == vt.shape[:-1]
     if not fits:
         raise ValueError(
@@ -142,8 +138,34 @@ def check_svd(svd, name="svd"):
     return u, s, vt
 
 
-def mask_nonfinite(svd, finite):
-    """Return the SVD with NaN for each matrix that is not `finite` [..., 1, 1]."""
+def pad_rank(factors: Factors, rank: int) -> Factors:
+    """Return factors of rank `rank` with the same product: the new entries are zero."""
+    u, v = factors
+    no_padding = [(0, 0)] * (u.ndim - 2)
+    missing = rank - u.shape[-1]
+    return Factors(
+        jnp.pad(u, [*no_padding, (0, 0), (0, missing)]),
+        jnp.pad(v, [*no_padding, (0, missing), (0, 0)]),
+    )
+
+
+def mask_rank(svd: SVD, rank: Int[Array, "*batch"]) -> SVD:
+    """Return the SVD with zeros beyond the first `rank` triplets of each matrix.
+
+    The shapes stay, so the rank may be traced and differ within a batch.
+    """
+    shape = (*rank.shape, svd.s.shape[-1])
+    index = jnp.broadcast_to(jnp.arange(shape[-1], dtype=rank.dtype), shape)
+    is_kept = index < rank[..., None]
+    return SVD(
+        jnp.where(is_kept[..., None, :], svd.u, 0),
+        jnp.where(is_kept, svd.s, 0),
+        jnp.where(is_kept[..., :, None], svd.vt, 0),
+    )
+
+
+def mask_nonfinite(svd: SVD, finite: Bool[Array, "*batch 1 1"]) -> SVD:
+    """Return the SVD with NaN for each matrix that is not `finite`."""
     nan = jnp.asarray(jnp.nan, svd.s.dtype)
     return SVD(
         jnp.where(finite, svd.u, nan),
