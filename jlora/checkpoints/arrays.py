@@ -1,34 +1,43 @@
 """Named arrays in .npy, .npz and .safetensors files."""
 
+from __future__ import annotations
+
 import os
 import pathlib
 import zipfile
+from collections.abc import Mapping
+from typing import Any, BinaryIO, TypeAlias
 
 import ml_dtypes
 import numpy as np
 
+from jlora._types import AnyArray
 from jlora.checkpoints.files import replace_file
 from jlora.checkpoints.safetensors import read_safetensors, write_safetensors
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
+_UNREADABLE = (ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile)
+
+Path: TypeAlias = str | os.PathLike[str]
 
 
-def load_arrays(path):
-    """Return {name: NumPy array} of a .npy, .npz or .safetensors file.
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of a .npy, .npz or .safetensors file by name.
 
-    A .npy file has one array, named after the file without its suffix. NumPy's formats have no
-    name for bfloat16: two-byte void items, which is how such arrays are written, are read as it.
-    Nothing is unpickled.
+    The array of a .npy file has the name of the file without its suffix. NumPy's
+    formats have no name for bfloat16 and store it as two-byte void items; such items
+    are read as bfloat16. Pickled objects are refused.
 
     Args:
-        path: the file; the suffix decides the format.
+        path: the file. The suffix decides the format.
 
     Returns:
-        dict in the file's order, dtypes as stored.
+        {name: NumPy array} in the order of the file, with the stored dtypes.
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: another suffix, or a file that is empty, truncated or of another format.
+        ValueError: another suffix, or a file that is empty, truncated or of another
+            format.
 
     Example:
         >>> import numpy as np, tempfile, jlora
@@ -46,34 +55,46 @@ def load_arrays(path):
         )
     if suffix == ".safetensors":
         return read_safetensors(path)
+
     try:
-        if suffix == ".npy":
-            return {path.stem: _restore_bfloat16(_read_npy(path))}
-        # Opened here: NumPy leaves the file open when it turns out to be no archive.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: _restore_bfloat16(archive[name]) for name in archive.files}
-    except (
-        ValueError,
-        EOFError,
-        KeyError,
-        AttributeError,
-        zipfile.BadZipFile,
-    ) as error:
+        return {path.stem: _read_npy(path)} if suffix == ".npy" else _read_npz(path)
+    except _UNREADABLE as error:
         raise ValueError(
-            f"{path}: must be a whole {suffix} file of plain arrays, got one that cannot be read "
-            f"({error}). Write it again."
+            f"{path}: must be a whole {suffix} file of plain arrays, got one that "
+            f"cannot be read ({error}). Write it again."
         ) from None
 
 
-def save_arrays(path, arrays):
+def _read_npy(path: pathlib.Path) -> np.ndarray:
+    """Return the array of a .npy file."""
+    with open(path, "rb") as file:
+        array = np.lib.format.read_array(file, allow_pickle=False)
+        if file.read(1):
+            raise ValueError("bytes follow the array")
+    return _restore_bfloat16(array)
+
+
+def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Return the arrays of a .npz file by name."""
+    # Open the file here: np.load leaves it open if it finds no archive inside.
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+        return {name: _restore_bfloat16(archive[name]) for name in archive.files}
+
+
+def _restore_bfloat16(array: np.ndarray) -> np.ndarray:
+    """Return two-byte void items as bfloat16, and other arrays unchanged."""
+    return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
+
+
+def save_arrays(path: Path, arrays: Mapping[str, AnyArray] | AnyArray) -> None:
     """Write named arrays to a .npy, .npz or .safetensors file.
 
-    Written to a temporary file in the same folder, flushed, then renamed: a failure leaves
-    what was there before.
+    The content goes to a temporary file in the same folder, which is flushed and then
+    renamed. If the write fails, an existing file keeps its content.
 
     Args:
-        path: the file; the suffix decides the format.
-        arrays: mapping of names to arrays, or for .npy a single array.
+        path: the file. The suffix decides the format.
+        arrays: {name: array}, or one array for .npy.
 
     Raises:
         OSError: the file cannot be written.
@@ -83,37 +104,64 @@ def save_arrays(path, arrays):
     Example:
         >>> import numpy as np, tempfile, jlora
         >>> folder = tempfile.TemporaryDirectory()
-        >>> jlora.save_arrays(f"{folder.name}/w.npz", {"a": np.ones(2), "b": np.zeros(3)})
+        >>> arrays = {"a": np.ones(2), "b": np.zeros(3)}
+        >>> jlora.save_arrays(f"{folder.name}/w.npz", arrays)
         >>> sorted(jlora.load_arrays(f"{folder.name}/w.npz"))
         ['a', 'b']
         >>> folder.cleanup()
     """
     path = pathlib.Path(path)
     suffix = check_suffix(path)
-    if not hasattr(arrays, "items"):
-        arrays = {path.stem: arrays}
-    arrays = {name: _to_numpy(name, array) for name, array in arrays.items()}
-    check_count(path, len(arrays))
+    named: Any = arrays if hasattr(arrays, "items") else {path.stem: arrays}
+    named = {name: _to_numpy(name, array) for name, array in named.items()}
+    check_count(path, len(named))
+
     with replace_file(path) as file:
         if suffix == ".safetensors":
-            write_safetensors(file, arrays)
+            write_safetensors(file, named)
         elif suffix == ".npz":
-            _write_npz(file, arrays)
+            _write_npz(file, named)
         else:
-            np.lib.format.write_array(file, *arrays.values(), allow_pickle=False)
+            (array,) = named.values()
+            np.lib.format.write_array(file, array, allow_pickle=False)
 
 
-def check_suffix(path):
-    """Return the suffix of a path if it names a format."""
+def _to_numpy(name: str, array: AnyArray) -> np.ndarray:
+    """Return the array as NumPy, or refuse anything but an array of numbers."""
+    if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+        raise TypeError(
+            f"`arrays` must hold NumPy or JAX arrays, got {type(array).__name__} at "
+            f"{name}. Wrap it with np.asarray."
+        )
+    array = np.asarray(array)
+    if array.dtype.hasobject:
+        raise TypeError(
+            f"`arrays` must hold numbers, got Python objects at {name}. Convert them."
+        )
+    return array
+
+
+def _write_npz(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write {name: array} to an open binary file in the .npz format."""
+    # Write member by member: np.savez refuses an array with the name "file".
+    with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def check_suffix(path: Path) -> str:
+    """Return the suffix of a path after a check that it names a format."""
     suffix = pathlib.Path(path).suffix
     if suffix not in SUFFIXES:
         raise ValueError(
-            f"{path}: must end in {', '.join(SUFFIXES)}, got {suffix or 'no suffix'!r}. Rename it."
+            f"{path}: must end in {', '.join(SUFFIXES)}, "
+            f"got {suffix or 'no suffix'!r}. Rename it."
         )
     return suffix
 
 
-def check_count(path, count):
+def check_count(path: Path, count: int) -> None:
     """Refuse a number of arrays that the format of `path` cannot hold."""
     if count == 0:
         raise ValueError(
@@ -124,37 +172,3 @@ def check_count(path, count):
             f"{path}: a .npy file must hold exactly one array, got {count}. "
             "Write an .npz or .safetensors file."
         )
-
-
-def _read_npy(path):
-    with open(path, "rb") as file:
-        array = np.lib.format.read_array(file, allow_pickle=False)
-        if file.read(1):
-            raise ValueError("bytes follow the array")
-    return array
-
-
-def _write_npz(file, arrays):
-    # Written member by member: np.savez cannot take an array whose name is "file".
-    with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
-
-
-def _to_numpy(name, array):
-    if not (hasattr(array, "shape") and hasattr(array, "dtype")):
-        raise TypeError(
-            f"`arrays` must hold NumPy or JAX arrays, got {type(array).__name__} at {name}. "
-            "Wrap it with np.asarray."
-        )
-    array = np.asarray(array)
-    if array.dtype.hasobject:
-        raise TypeError(
-            f"`arrays` must hold numbers, got Python objects at {name}. Convert them."
-        )
-    return array
-
-
-def _restore_bfloat16(array):
-    return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array

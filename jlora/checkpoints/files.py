@@ -1,15 +1,21 @@
-"""Files written whole or not at all."""
+"""Files that are written completely or not at all."""
+
+from __future__ import annotations
 
 import contextlib
 import os
 import pathlib
+from collections.abc import Iterator
+from typing import BinaryIO
 
 
 @contextlib.contextmanager
-def replace_file(path):
-    """Give a binary file in the folder of `path`; on success flush it and rename it to `path`.
+def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Yield an open binary file that becomes the file at `path` if the block succeeds.
 
-    On any failure the temporary file goes away and what stood at `path` stays.
+    The content goes to a temporary file in the same folder, which is flushed to the
+    disk and then renamed. If anything fails, the temporary file is removed and `path`
+    keeps its old content.
     """
     path = pathlib.Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -23,9 +29,10 @@ def replace_file(path):
         temporary.unlink(missing_ok=True)
 
 
-def _create(temporary, path):
+def _create(temporary: pathlib.Path, path: pathlib.Path) -> BinaryIO:
+    """Return the new temporary file, open for writing."""
     try:
         return open(temporary, "xb")
     except OSError as error:
-        # Named after the file that was asked for; the temporary one means nothing to a reader.
+        # Name the file that the user asked for, not the temporary one.
         raise type(error)(error.errno, error.strerror, str(path)) from None

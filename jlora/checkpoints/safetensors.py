@@ -1,7 +1,13 @@
 """The safetensors format, bfloat16 included, as NumPy arrays.
 
-The library's own NumPy reader knows no bfloat16, so the bytes are viewed here.
+The NumPy reader of the library does not know bfloat16, so the bytes are viewed here.
 """
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -26,9 +32,14 @@ _DTYPES = {
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
 
-def read_safetensors(path):
-    """Return {name: array} of a file. ValueError names the file and what is wrong."""
-    import safetensors  # where it is used: importing jlora is to cost next to nothing
+def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Return {name: array} of a safetensors file.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: the file is damaged, or holds a dtype that NumPy does not know.
+    """
+    import safetensors  # on use, which keeps the import of jlora fast
 
     with open(path, "rb") as file:
         content = file.read()
@@ -36,34 +47,41 @@ def read_safetensors(path):
         entries = safetensors.deserialize(content)
     except safetensors.SafetensorError as error:
         raise ValueError(
-            f"{path}: must be a whole safetensors file, got one that cannot be read ({error}). "
-            "Copy or download it again."
+            f"{path}: must be a whole safetensors file, got one that cannot be read "
+            f"({error}). Copy or download it again."
         ) from None
-    return {name: _view(path, name, entry) for name, entry in entries}
+    return {name: _view_entry(path, name, entry) for name, entry in entries}
 
 
-def write_safetensors(file, arrays):
-    """Write {name: array} to an open binary file."""
+def _view_entry(
+    path: str | os.PathLike[str], name: str, entry: Mapping[str, Any]
+) -> np.ndarray:
+    """Return the array of one entry: its dtype's name, its shape and its bytes."""
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(
+            f"{path}: must hold dtypes that NumPy knows, got {entry['dtype']} at "
+            f"{name}. Convert it first."
+        )
+    # Copy to a bytearray, or the array would be read-only.
+    flat = np.frombuffer(bytearray(entry["data"]), dtype=_DTYPES[entry["dtype"]])
+    return flat.reshape(entry["shape"])
+
+
+def write_safetensors(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write {name: array} to an open binary file.
+
+    Raises:
+        TypeError: a dtype that the format has no name for.
+    """
     import safetensors.numpy
 
     entries = {}
     for name, array in arrays.items():
         if array.dtype not in _NAMES:
             raise TypeError(
-                f"`arrays` must have dtypes that safetensors knows, got {array.dtype} at {name}. "
-                "Cast it, or write an .npz file."
+                f"`arrays` must have dtypes that safetensors knows, got {array.dtype} "
+                f"at {name}. Cast it, or write an .npz file."
             )
         entries[name] = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
-    # The metadata is what torch readers look for.
+    # Readers in torch look for this metadata.
     file.write(safetensors.numpy.save(entries, metadata={"format": "pt"}))
-
-
-def _view(path, name, entry):
-    if entry["dtype"] not in _DTYPES:
-        raise ValueError(
-            f"{path}: must hold dtypes that NumPy knows, got {entry['dtype']} at {name}. "
-            "Convert it first."
-        )
-    # A bytearray, so that the array can be written to.
-    flat = np.frombuffer(bytearray(entry["data"]), dtype=_DTYPES[entry["dtype"]])
-    return flat.reshape(entry["shape"])

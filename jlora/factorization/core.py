@@ -1,47 +1,57 @@
-"""The SVD of the small matrix in the middle, with vectors orthonormal to working precision.
+"""The SVD of a core: the small matrix between two orthonormal bases.
 
-On a CPU it is LAPACK's, of the part of the space that a symmetric eigenproblem finds the leading
-vectors in, where that is measured to suffice. Elsewhere the library SVD is a loop over the batch
-(CUDA) or takes minutes to compile (TPU); there it is the polar factor, from matrix products alone,
-and one symmetric eigenproblem, which every backend batches. A Gram matrix would lose what lies
-below √eps of the largest singular value; this loses nothing above eps of it.
+On CPU we call LAPACK's SVD. A large core is first projected onto the leading
+eigenvectors of its Gram matrix if that loses no accuracy (see `decompose_by_lapack`).
 
-Source: Higham and Papadimitriou, "A new parallel algorithm for computing the singular value
-decomposition", 1994, for the road through the polar factor. Differs: the polar factor is
-approached by scaled Newton-Schulz steps and need not be reached, see `decompose_by_polar`.
+On other backends the library SVD is a loop over the batch (CUDA) or takes minutes to
+compile (TPU). There we compute the polar factor by matrix products, and then solve one
+symmetric eigenproblem, which every backend batches. This resolves singular values down
+to eps of the largest. A Gram matrix would resolve them only down to √eps.
+
+Source: Higham and Papadimitriou, "A new parallel algorithm for computing the singular
+value decomposition", 1994, for the SVD by way of the polar factor. Differs: scaled
+Newton-Schulz steps approach the polar factor and need not reach it, see
+`decompose_by_polar`.
 """
 
-import functools
+from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from jlora._numerics import (
-    is_finite,
-    matmul,
-    power_of_two_scale,
-    safe_divide,
-    to_compute,
-)
+from jlora._numerics import matmul, power_of_two_scale, safe_divide
+from jlora._types import Array, Float
 from jlora.factorization.orthonormal import orthonormalize
-from jlora.factors import SVD, mask_nonfinite
+from jlora.factors import SVD
 
-# Odd quintics a x + b x³ + c x⁵ of the singular values. The first grows small ones 3.4 times and
-# keeps what has grown between 0.68 and 1.21 (Jordan et al., "Muon", 2024); thirteen of them bring
-# up everything above eps of the largest. The second has f(1) = 1 and f' = f'' = 0 there.
+# Odd quintics a x + b x³ + c x⁵, applied to the singular values x. The first multiplies
+# small values by 3.4 and keeps larger ones between 0.68 and 1.21 (Jordan et al.,
+# "Muon", 2024). Thirteen of them lift everything above eps of the largest into that
+# range. The second has f(1) = 1 and f'(1) = f''(1) = 0, so it converges to one.
 _GROWTH, _NUM_GROWTH_STEPS = (3.4445, -4.7750, 2.0315), 13
 _FINISH, _NUM_FINISH_STEPS = (1.875, -1.25, 0.375), 4
 _POLAR_STEPS = (_GROWTH,) * _NUM_GROWTH_STEPS + (_FINISH,) * _NUM_FINISH_STEPS
 
-# A core of fewer rows is decomposed whole in a millisecond.
-_LEAST_REDUCED = 128
+# LAPACK decomposes a core with fewer rows in a millisecond.
+_MIN_REDUCED_ROWS = 128
 _CORE_OVERSAMPLING = 16
 
 
-def decompose_core(core, rank, noise, *, is_reduced=True):
-    """Return (e [..., L, r], s [..., r], f [..., r, K]), core [..., L, K] ≈ e diag(s) f.
+def decompose_core(
+    core: Float[Array, "*batch L K"],
+    rank: int,
+    noise: Float[Array, "_ K"],
+    *,
+    is_reduced: bool = True,
+) -> SVD:
+    """Return the leading `rank` triplets of each core.
 
-    is_reduced: whether LAPACK may be given the leading part of a large core alone.
+    Args:
+        core: entries that are not finite count as zero.
+        rank: static, at most min(L, K).
+        noise: standard normal, with at least `rank` rows, shared by the batch.
+        is_reduced: static. Whether LAPACK may decompose a large core after a projection
+            onto its leading part.
     """
     decompose_on_cpu = decompose_by_lapack if is_reduced else _decompose_whole
     finite = jnp.isfinite(core)
@@ -54,74 +64,80 @@ def decompose_core(core, rank, noise, *, is_reduced=True):
     )
 
 
-def decompose_by_lapack(core, rank):
-    """Return the same from LAPACK: the SVD of the leading part alone where the core is large.
+def decompose_by_lapack(core: Float[Array, "*batch L K"], rank: int) -> SVD:
+    """Return the leading triplets by LAPACK, from a reduced core if it is large.
 
-    The eigenvectors of the Gram matrix err by eps (σ_1 / σ_k)²; between each other that is mended
-    by the SVD of what they span. What is left, at most 5e-5 of the neighbours of the last one, is
-    of no account; where it could be more, the whole core is decomposed.
+    The reduction projects the core onto the leading eigenvectors of its Gram matrix.
+    These have error eps (σ₁ / σₖ)², with k = `rank`. The SVD of the projected core
+    corrects mixing among the leading ones. The last ones still mix with their
+    discarded neighbours, by at most 5e-5. If that could be larger, the whole core is
+    decomposed.
     """
     width = rank + _CORE_OVERSAMPLING
-    if core.shape[-2] < max(_LEAST_REDUCED, 2 * width):
+    if core.shape[-2] < max(_MIN_REDUCED_ROWS, 2 * width):
         return _decompose_whole(core, rank)
+
+    # Project onto the leading eigenvectors; eigh sorts in ascending order.
     _, e = jnp.linalg.eigh(matmul(core, core.mT), symmetrize_input=False)
     e = e[..., ::-1][..., :width]
-    inner, s, f = _decompose_whole(matmul(e.mT, core), rank)
+    reduced = _decompose_whole(matmul(e.mT, core), rank)
+
     eps = float(jnp.finfo(core.dtype).eps)
+    s = reduced.s
     is_resolved = jnp.all(s[..., -1] ** 2 > 2e4 * eps * s[..., 0] ** 2)
     return jax.lax.cond(
         is_resolved,
-        lambda: (matmul(e, inner), s, f),
+        lambda: reduced._replace(u=matmul(e, reduced.u)),
         lambda: _decompose_whole(core, rank),
     )
 
 
-def _decompose_whole(core, rank):
-    e, s, f = jnp.linalg.svd(core, full_matrices=False)
-    return e[..., :rank], s[..., :rank], f[..., :rank, :]
+def _decompose_whole(core: Float[Array, "*batch L K"], rank: int) -> SVD:
+    """Return the library's SVD of the core, truncated."""
+    u, s, vt = jnp.linalg.svd(core, full_matrices=False)
+    return SVD(u[..., :rank], s[..., :rank], vt[..., :rank, :])
 
 
-def decompose_by_polar(core, rank, noise):
-    """Return the same from core = h q, h symmetric: eigenvectors of h are left singular vectors.
+def decompose_by_polar(
+    core: Float[Array, "*batch L K"], rank: int, noise: Float[Array, "_ K"]
+) -> SVD:
+    """Return the leading triplets by way of the polar decomposition core = h q.
 
-    The steps multiply every singular value by its own factor and leave the vectors. Values below
-    eps of the largest may not have arrived at one; h still has the right eigenvectors for them,
-    to the accuracy that rounding leaves them anyway.
+    The eigenvectors of the symmetric h are the left singular vectors of the core. A
+    Newton-Schulz step changes the singular values of q, and keeps its singular vectors.
+    Values below eps of the largest may not reach one. The eigenvectors of h are right
+    for these too, as accurately as rounding allows.
     """
     scale = power_of_two_scale(core)
     core = core / scale
-    norm = jnp.linalg.norm(core, axis=(-2, -1), keepdims=True)
-    q = safe_divide(core, norm)
-    # One loop for both: each that a TPU program holds costs it ten seconds of compilation.
+
+    # The polar factor q. One loop for both polynomials: each loop in a TPU program adds
+    # ten seconds of compilation.
+    q = safe_divide(core, jnp.linalg.norm(core, axis=(-2, -1), keepdims=True))
     steps = jnp.asarray(_POLAR_STEPS, core.dtype)
-    q = jax.lax.fori_loop(
-        0, len(_POLAR_STEPS), lambda i, q: _apply_quintic(q, steps[i]), q
-    )
+    num_steps = len(_POLAR_STEPS)
+    q = jax.lax.fori_loop(0, num_steps, lambda i, q: _apply_quintic(q, steps[i]), q)
+
+    # The left vectors; eigh sorts in ascending order.
     h = matmul(core, q.mT)
     _, e = jnp.linalg.eigh((h + h.mT) / 2)
     e = e[..., ::-1][..., :rank]
-    scaled = matmul(e.mT, core)
-    s = jnp.linalg.norm(scaled, axis=-1)
+
+    # The singular values, sorted again: h has only approximately the same ones.
+    scaled_vt = matmul(e.mT, core)
+    s = jnp.linalg.norm(scaled_vt, axis=-1)
     order = jnp.argsort(s, axis=-1, descending=True)
     e = jnp.take_along_axis(e, order[..., None, :], axis=-1)
-    scaled = jnp.take_along_axis(scaled, order[..., None], axis=-2)
-    f = orthonormalize(scaled, noise[..., :rank, : core.shape[-1]])
-    return e, jnp.take_along_axis(s, order, axis=-1) * scale[..., 0], f
+    scaled_vt = jnp.take_along_axis(scaled_vt, order[..., None], axis=-2)
+
+    vt = orthonormalize(scaled_vt, noise[:rank])
+    return SVD(e, jnp.take_along_axis(s, order, axis=-1) * scale[..., 0], vt)
 
 
-def _apply_quintic(q, coefficients):
+def _apply_quintic(
+    q: Float[Array, "*batch L K"], coefficients: Float[Array, 3]
+) -> Float[Array, "*batch L K"]:
+    """Return q with its singular values x replaced by a x + b x³ + c x⁵."""
     linear, cubic, quintic = coefficients
     gram = matmul(q, q.mT)
     return linear * q + matmul(cubic * gram + quintic * matmul(gram, gram), q)
-
-
-@functools.partial(jax.jit, static_argnames="rank")
-def decompose_fully(a, rank):
-    """Return the full decomposition cut to `rank`."""
-    a = to_compute(a)
-    scale = power_of_two_scale(a)
-    finite = is_finite(a)
-    # LAPACK may loop or fail on NaN; it gets zeros, and the answer is made NaN afterwards.
-    u, s, vt = jnp.linalg.svd(jnp.where(finite, a / scale, 0), full_matrices=False)
-    svd = SVD(u[..., :rank], s[..., :rank] * scale[..., 0], vt[..., :rank, :])
-    return mask_nonfinite(svd, finite)

@@ -1,117 +1,156 @@
-"""Randomised block Krylov: Golub-Kahan bidiagonalisation in blocks, fully reorthogonalised.
+"""Randomised block Krylov: block Golub-Kahan, with full reorthogonalisation.
 
-Source: Golub, Luk, Overton, "A block Lanczos method for computing the singular values and
-corresponding singular vectors of a matrix", 1981; Musco and Musco, "Randomized block Krylov
-methods for stronger and faster approximate singular value decomposition", 2015. Differs: both
-bases are projected twice, a block that is exhausted goes on with random directions, and the small
-matrix in the middle holds all coefficients rather than the band that exact arithmetic leaves.
+Source: Golub, Luk, Overton, "A block Lanczos method for computing the singular values
+and corresponding singular vectors of a matrix", 1981; Musco and Musco, "Randomized
+block Krylov methods for stronger and faster approximate singular value decomposition",
+2015. Differs: each block is projected against its basis twice, random directions
+replace an exhausted block, and the core holds all coefficients. In exact arithmetic
+only a band of them, the block bidiagonal, is nonzero.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
 from jlora._numerics import matmul
-from jlora.factorization.operators import multiply, multiply_transposed
+from jlora._types import Array, Float, Int, PRNGKey
+from jlora.factorization.operators import Matrix, multiply, multiply_transposed
 from jlora.factorization.orthonormal import orthonormalize, orthonormalize_against
+from jlora.factorization.projection import Projection
 from jlora.factorization.sketch import gaussian_sketch
 
-# Buffers are static; the loop is cut in two, so that its first half projects on half of them.
-# Each part more costs a compilation of the loop's body.
+# A block is projected against a static number of rows, filled or not. Two loops, the
+# first of them on half of the rows, save work. Each further segment costs one more
+# compilation of the loop's body.
 _NUM_SEGMENTS = 2
 
 
-class Bidiagonal(NamedTuple):
-    """a ≈ leftᵀ core right; what is not filled yet is zero."""
+def project_onto_krylov(
+    a: Matrix, omega: Float[Array, "... b n"], num_blocks: int, *, key: PRNGKey
+) -> Projection:
+    """Return `a` projected onto its block Krylov spaces, after 2 * num_blocks passes.
 
-    left: jax.Array  # [..., L, m], orthonormal rows
-    core: jax.Array  # [..., L, L + b]
-    right: jax.Array  # [..., L + b, n], orthonormal rows
-
-
-def krylov_factors(a, omega, num_blocks, *, key):
-    """Return the `Bidiagonal` after 2 * num_blocks passes, from omega [..., b, n] or [b, n]."""
-    block = omega.shape[-2]
-    noise = draw_noise(key, a, omega, num_blocks)
-    factors = start_bidiagonal(a, omega, num_blocks, noise)
-
-    done = 0
-    for segment in range(1, _NUM_SEGMENTS + 1):
-        until = num_blocks * segment // _NUM_SEGMENTS
-
-        def step(i, factors, width=until * block):
-            return add_block(a, factors, i, block, noise, width)
-
-        factors = jax.lax.fori_loop(done, until, step, factors)
-        done = until
-    return factors
-
-
-def draw_noise(key, a, omega, num_blocks):
-    """Return the noise of all blocks, [b, m + n + num_blocks]; block i starts at column i.
-
-    Shifted by one column, it is as good as drawn anew, and costs nothing.
+    `omega` is the first right block, [..., b, n], or [b, n] if the batch shares it.
     """
-    block = omega.shape[-2]
+    block_size = omega.shape[-2]
+    noise = draw_noise(key, a, omega, num_blocks)
+    projection = make_first_block(a, omega, num_blocks, noise)
+
+    first = 0
+    for segment in range(1, _NUM_SEGMENTS + 1):
+        end = num_blocks * segment // _NUM_SEGMENTS
+
+        def step(
+            i: Int[Array, ""], projection: Projection, width: int = end * block_size
+        ) -> Projection:
+            return add_block(a, projection, i, noise, width)
+
+        projection = jax.lax.fori_loop(first, end, step, projection)
+        first = end
+    return projection
+
+
+def draw_noise(
+    key: PRNGKey, a: Matrix, omega: Float[Array, "... b n"], num_blocks: int
+) -> Float[Array, "b _"]:
+    """Return the noise of all blocks, [b, m + n + num_blocks].
+
+    Block i uses the m + n columns from column i on. A shift by one column works as well
+    as new noise, and costs nothing.
+    """
     length = a.shape[-2] + a.shape[-1] + num_blocks
-    return gaussian_sketch(key, block, length, omega.dtype)
+    return gaussian_sketch(key, omega.shape[-2], length, omega.dtype)
 
 
-def start_bidiagonal(a, omega, num_blocks, noise):
-    """Return the `Bidiagonal` with only its first right block."""
+def make_first_block(
+    a: Matrix,
+    omega: Float[Array, "... b n"],
+    num_blocks: int,
+    noise: Float[Array, "b _"],
+) -> Projection:
+    """Return a projection for `num_blocks` blocks, with only the first right one."""
     batch, (m, n) = a.shape[:-2], a.shape[-2:]
-    block = omega.shape[-2]
-    width = num_blocks * block
-    first = orthonormalize(
-        omega, noise[:, m : m + n]
-    )  # one for the whole batch, if it can be
-    right = jnp.zeros((*batch, width + block, n), omega.dtype)
-    right = _put_rows(right, jnp.broadcast_to(first, (*batch, block, n)), 0)
+    block_size = omega.shape[-2]
+    width = num_blocks * block_size
+
+    # Before the broadcast: a batch that shares omega orthonormalises it once.
+    first = orthonormalize(omega, noise[:, m : m + n])
+    first = jnp.broadcast_to(first, (*batch, block_size, n))
+    right = jnp.zeros((*batch, width + block_size, n), omega.dtype)
+    right = _update_rows(right, first, 0)
+
     left = jnp.zeros((*batch, width, m), omega.dtype)
-    return Bidiagonal(
-        left, jnp.zeros((*batch, width, width + block), omega.dtype), right
-    )
+    core = jnp.zeros((*batch, width, width + block_size), omega.dtype)
+    return Projection(left, core, right)
 
 
-def add_block(a, factors, i, block, noise, width):
-    """Return the `Bidiagonal` with block i added: two passes. Blocks lie within `width` rows."""
+def add_block(
+    a: Matrix,
+    projection: Projection,
+    i: Int[Array, ""],
+    noise: Float[Array, "b _"],
+    width: int,
+) -> Projection:
+    """Return the projection with block i added to both bases, in two passes.
+
+    `width` is a static bound on the number of filled left rows, block i included.
+    """
     m, n = a.shape[-2:]
-    fresh = jax.lax.dynamic_slice_in_dim(noise, i, m + n, axis=-1)
-    left, core, right = factors
-    start = i * block
-    # Of a times a right block the left basis holds what came with the last block, and rounding.
-    last = _take_rows(left, jnp.maximum(start - block, 0), block)
-    direction = _take_rows(right, start, block)
-    new, _, _ = orthonormalize_against(
-        left[..., :width, :], last, multiply(a, direction), fresh[:, :m]
-    )
-    product = multiply_transposed(a, new)
-    following, near_part, part = orthonormalize_against(
-        right[..., : width + block, :], direction, product, fresh[:, m:]
-    )
-    padding = [(0, 0)] * (core.ndim - 1) + [(0, core.shape[-1] - width - block)]
-    row = jnp.pad(part, padding)
-    row = _put_columns(row, _take_columns(row, start, block) + near_part, start)
-    row = _put_columns(row, matmul(product, following.mT), start + block)
-    return Bidiagonal(
-        _put_rows(left, new, start),
-        _put_rows(core, row, start),
-        _put_rows(right, following, start + block),
+    block_size = noise.shape[-2]
+    left, core, right = projection
+    offset = i * block_size
+    noise = jax.lax.dynamic_slice_in_dim(noise, i, m + n, axis=-1)
+
+    # In exact arithmetic, a @ directionᵀ overlaps only the previous left block.
+    previous = _slice_rows(left, jnp.maximum(offset - block_size, 0), block_size)
+    direction = _slice_rows(right, offset, block_size)
+    new_left, _, _ = orthonormalize_against(
+        left[..., :width, :], previous, multiply(a, direction), noise[:, :m]
     )
 
+    # Likewise, new_left @ a overlaps only the current right block.
+    product = multiply_transposed(a, new_left)
+    new_right, near_coefficients, coefficients = orthonormalize_against(
+        right[..., : width + block_size, :], direction, product, noise[:, m:]
+    )
 
-def _take_rows(buffer, start, size):
-    return jax.lax.dynamic_slice_in_dim(buffer, start, size, axis=-2)
+    # The rows of the core are the coefficients of the product in the right basis.
+    num_missing = core.shape[-1] - width - block_size
+    row = jnp.pad(coefficients, [(0, 0)] * (core.ndim - 1) + [(0, num_missing)])
+    near = _slice_columns(row, offset, block_size) + near_coefficients
+    row = _update_columns(row, near, offset)
+    row = _update_columns(row, matmul(product, new_right.mT), offset + block_size)
+    return Projection(
+        _update_rows(left, new_left, offset),
+        _update_rows(core, row, offset),
+        _update_rows(right, new_right, offset + block_size),
+    )
 
 
-def _put_rows(buffer, rows, start):
-    return jax.lax.dynamic_update_slice_in_dim(buffer, rows, start, axis=-2)
+def _slice_rows(
+    array: Float[Array, "*batch p q"], offset: Int[Array, ""], size: int
+) -> Float[Array, "*batch size q"]:
+    return jax.lax.dynamic_slice_in_dim(array, offset, size, axis=-2)
 
 
-def _take_columns(buffer, start, size):
-    return jax.lax.dynamic_slice_in_dim(buffer, start, size, axis=-1)
+def _update_rows(
+    array: Float[Array, "*batch p q"],
+    rows: Float[Array, "*batch k q"],
+    offset: int | Int[Array, ""],
+) -> Float[Array, "*batch p q"]:
+    return jax.lax.dynamic_update_slice_in_dim(array, rows, offset, axis=-2)
 
 
-def _put_columns(buffer, columns, start):
-    return jax.lax.dynamic_update_slice_in_dim(buffer, columns, start, axis=-1)
+def _slice_columns(
+    array: Float[Array, "*batch p q"], offset: Int[Array, ""], size: int
+) -> Float[Array, "*batch p size"]:
+    return jax.lax.dynamic_slice_in_dim(array, offset, size, axis=-1)
+
+
+def _update_columns(
+    array: Float[Array, "*batch p q"],
+    columns: Float[Array, "*batch p k"],
+    offset: Int[Array, ""],
+) -> Float[Array, "*batch p q"]:
+    return jax.lax.dynamic_update_slice_in_dim(array, columns, offset, axis=-1)

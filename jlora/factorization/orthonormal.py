@@ -1,135 +1,190 @@
-"""Orthonormal bases: the CholeskyQR family, and Householder as the oracle.
+"""Orthonormal bases by CholeskyQR, and by Householder QR as the reference of the tests.
 
-A basis is stored as rows, [..., l, m]: that is the layout in which products with a row-major
-matrix are fast on a CPU, and no other backend minds. CholeskyQR is made of matrix products and
-l×l Cholesky factors, which every backend batches; a tall QR is a loop over the batch on CUDA.
-The inverse of the small factor is formed and multiplied in, because a wide triangular solve is
-slower and gathers a sharded basis.
+A basis is stored as rows, [..., l, m], because products of rows with a row-major matrix
+are fast on a CPU, and other backends have no preference. CholeskyQR consists of matrix
+products and Cholesky factors of l×l matrices, which every backend batches. A tall QR is
+a loop over the batch on CUDA. We multiply by the inverse of the small Cholesky factor:
+a wide triangular solve is slower, and gathers a sharded basis.
 
 Source: Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, "Shifted Cholesky QR", 2020.
-Differs: the shift is eps √m / 2 * trace(G); the published one is too large to be of use in float32.
+Differs: the shift is eps √m / 2 * trace(G), because the published one is too large for
+float32.
 """
+
+from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jlora._numerics import eye_like, matmul, power_of_two_scale, safe_divide
+from jlora._types import Array, Bool, Float, Int
 
-# Singular values at the rounding level grow about 60 times a shifted step: four reach one, and
-# what the projections between them take away needs a few more.
-_MOST_PROJECTIONS = 8
+# A shifted step multiplies singular values at the rounding level by about 60, so four
+# steps lift them to one. The projections in between shrink them again, so
+# allow a few more.
+_MAX_PROJECTIONS = 8
 
 
-def orthonormalize(y, noise):
-    """Return orthonormal rows whose span holds that of y, [..., l, m] with l ≤ m.
+class _ProjectionState(NamedTuple):
+    """The loop of `orthonormalize_against`.
 
-    `noise` [l, m] is standard normal, the same for all of a batch. A trace of it (4 eps of each
-    row) makes dependent and zero rows independent, so that rank-deficient input gets a full basis
-    too.
+    y = transform @ rows + coefficients @ basis + near_coefficients @ near.
+    """
+
+    step: int | Int[Array, ""]
+    rows: Float[Array, "*batch l m"]
+    gram: Float[Array, "*batch l l"]  # rows @ rowsᵀ
+    coefficients: Float[Array, "*batch l L"]  # of the projected part, in the basis
+    transform: Float[Array, "*batch l l"]
+
+
+def orthonormalize(
+    y: Float[Array, "*batch l m"], noise: Float[Array, "l m"]
+) -> Float[Array, "*batch l m"]:
+    """Return orthonormal rows whose span contains the rows of `y`, for l ≤ m.
+
+    `noise` is standard normal, and the batch shares it. A small multiple of it, about
+    4 eps of each row's norm, is added. This makes dependent and zero rows independent,
+    so rank-deficient input gets a full basis too.
     """
     y = _normalize_rows(y / power_of_two_scale(y))
-    return _robust_cholesky_qr(_normalize_rows(_perturb(y, noise)))
+    return _run_cholesky_qr(_normalize_rows(_perturb(y, noise)))
 
 
-def orthonormalize_against(basis, near, y, noise):
-    """Return (rows, near_part, part): `rows` extend `basis` by the span of y [..., l, m].
+def orthonormalize_against(
+    basis: Float[Array, "*batch L m"],
+    near: Float[Array, "*batch l m"],
+    y: Float[Array, "*batch l m"],
+    noise: Float[Array, "l m"],
+) -> tuple[
+    Float[Array, "*batch l m"], Float[Array, "*batch l l"], Float[Array, "*batch l L"]
+]:
+    """Return (rows, near_coefficients, coefficients), where `rows` extend `basis` by y.
 
-    Rows of `basis` [..., L, m] are orthonormal or zero. `near` [..., l, m] are those among them
-    that hold all of y that the basis holds, but for rounding: of a block Lanczos process the last
-    block. Then y ≈ near_part @ near + part @ basis plus something in the span of `rows`.
+    y = near_coefficients @ near + coefficients @ basis + a combination of `rows`, up to
+    rounding. The new rows are orthonormal, and orthogonal to the basis.
 
-    The large part is taken out by the short product with `near`. What rounding left of the others
-    grows when the rest is scaled up to norm one, so that is projected on the whole basis: once,
-    or until what the projection leaves is nearly orthonormal, for rows that are dependent or all
-    but inside the basis.
+    The projection onto `near` is subtracted first, because it holds most of the overlap
+    of y with the basis. Rounding leaves small components along the rest of the basis,
+    and normalising the remainder magnifies them, so the second projection is onto the
+    whole basis. Rows that are dependent or almost inside the basis need more
+    projections: repeat until the rows are nearly orthonormal.
+
+    Args:
+        basis: orthonormal or zero rows.
+        near: the rows of `basis` that y is not orthogonal to in exact arithmetic. In
+            block Lanczos this is one block. Zeros: no row is known in advance.
+        y: the rows to add.
+        noise: standard normal, shared by the batch, see `orthonormalize`.
     """
+    # Subtract the projection onto `near`, and normalise the remainder.
     scale = power_of_two_scale(y)
     scaled = y / scale
-    size = jnp.linalg.norm(scaled, axis=-1, keepdims=True)
-    near_part = matmul(y, near.mT)
-    rest = safe_divide(scaled - matmul(near_part / scale, near), size)
+    norms = jnp.linalg.norm(scaled, axis=-1, keepdims=True)
+    near_coefficients = matmul(y, near.mT)
+    remainder = safe_divide(scaled - matmul(near_coefficients / scale, near), norms)
 
-    def project(state):
-        i, rows, gram, part, transform = state
-        rows, lower = _scale_up(rows, gram)
-        transform = matmul(transform, lower)
+    def project(state: _ProjectionState) -> _ProjectionState:
+        rows, lower = _take_shifted_step(state.rows, state.gram)
+        transform = matmul(state.transform, lower)
         inside = matmul(rows, basis.mT)
         rows = rows - matmul(inside, basis)
-        return (
-            i + 1,
+        return _ProjectionState(
+            state.step + 1,
             rows,
             matmul(rows, rows.mT),
-            part + matmul(transform, inside),
+            state.coefficients + matmul(transform, inside),
             transform,
         )
 
-    def is_far(state):
-        i, _, gram, *_ = state
-        distance = jnp.linalg.norm(gram - eye_like(gram), axis=(-2, -1))
-        return (i == 0) | (i < _MOST_PROJECTIONS) & jnp.any(distance > 0.5)
+    def is_unfinished(state: _ProjectionState) -> Bool[Array, ""]:
+        difference = state.gram - eye_like(state.gram)
+        is_far = jnp.linalg.norm(difference, axis=(-2, -1)) > 0.5
+        is_first = state.step == 0
+        return is_first | (state.step < _MAX_PROJECTIONS) & jnp.any(is_far)
 
-    rest = _perturb(rest, noise)
-    gram = matmul(rest, rest.mT)
-    nothing = jnp.zeros((*y.shape[:-1], basis.shape[-2]), y.dtype)
-    start = 0, rest, gram, nothing, scale * size * eye_like(gram)
-    _, rest, gram, part, _ = jax.lax.while_loop(is_far, project, start)
-    _, inverse = _factor(gram, shift=0.0)
-    return matmul(inverse, rest), near_part, part
+    # Project onto the whole basis, and once more as long as rows are far from
+    # orthonormal.
+    rows = _perturb(remainder, noise)
+    gram = matmul(rows, rows.mT)
+    zeros = jnp.zeros((*y.shape[:-1], basis.shape[-2]), y.dtype)
+    transform = scale * norms * eye_like(gram)
+    state = _ProjectionState(0, rows, gram, zeros, transform)
+    state = jax.lax.while_loop(is_unfinished, project, state)
+
+    # Rows that are nearly orthonormal need one plain step.
+    _, inverse = _invert_cholesky(state.gram, shift=0.0)
+    return matmul(inverse, state.rows), near_coefficients, state.coefficients
 
 
-def _scale_up(y, gram):
-    """Return (x, L) with L @ x = y, x nearer to orthonormal rows; `gram` is that of y.
+def _take_shifted_step(
+    y: Float[Array, "*batch l m"], gram: Float[Array, "*batch l l"]
+) -> tuple[Float[Array, "*batch l m"], Float[Array, "*batch l l"]]:
+    """Return (x, L) with y = L @ x and x closer to orthonormal; `gram` is y @ yᵀ.
 
-    The Gram matrix gets ones on its diagonal first: rows of which the last projection left little
-    would vanish in the shift.
+    The Gram matrix is first scaled to unit diagonal. Otherwise the shift would swamp
+    rows that the last projection made tiny.
     """
-    length = jnp.sqrt(jnp.diagonal(gram, axis1=-2, axis2=-1))[..., None]
-    lower, inverse = _factor(safe_divide(gram, length * length.mT), _find_shift(y))
-    return matmul(safe_divide(inverse, length.mT), y), length * lower
+    norms = jnp.sqrt(jnp.diagonal(gram, axis1=-2, axis2=-1))[..., None]
+    scaled = safe_divide(gram, norms * norms.mT)
+    lower, inverse = _invert_cholesky(scaled, _find_shift(y))
+    return matmul(safe_divide(inverse, norms.mT), y), norms * lower
 
 
-def householder(y):
-    """Return orthonormal rows by Householder QR: the oracle of the tests."""
+def householder(y: Float[Array, "*batch l m"]) -> Float[Array, "*batch l m"]:
+    """Return orthonormal rows by Householder QR: the reference of the tests."""
     return jnp.linalg.qr(y.mT)[0].mT
 
 
-def _normalize_rows(y):
-    # Rows of very different sizes: squares of the smallest vanish beside the largest.
+def _normalize_rows(y: Float[Array, "*batch l m"]) -> Float[Array, "*batch l m"]:
+    """Return the rows with norm one; zero rows stay zero."""
+    # Rows of very different scales: the squares of tiny entries would underflow.
     y = safe_divide(y, jnp.max(jnp.abs(y), axis=-1, keepdims=True))
     return safe_divide(y, jnp.linalg.norm(y, axis=-1, keepdims=True))
 
 
-def _perturb(y, noise):
-    trace = 4 * jnp.finfo(y.dtype).eps / y.shape[-1] ** 0.5 * noise
-    return y + jnp.broadcast_to(trace, y.shape)
+def _perturb(
+    y: Float[Array, "*batch l m"], noise: Float[Array, "l m"]
+) -> Float[Array, "*batch l m"]:
+    """Return y plus noise with rows of norm about 4 eps."""
+    perturbation = 4 * jnp.finfo(y.dtype).eps / y.shape[-1] ** 0.5 * noise
+    return y + jnp.broadcast_to(perturbation, y.shape)
 
 
-def _robust_cholesky_qr(y):
-    """Return y orthonormalised by two shifted and two plain steps.
+def _run_cholesky_qr(y: Float[Array, "*batch l m"]) -> Float[Array, "*batch l m"]:
+    """Return y orthonormalised by two shifted steps and two plain ones.
 
-    A loop, although it is short: every Cholesky factor that a TPU program holds costs it a
+    A loop although it is short, because each Cholesky factor in a TPU program adds a
     second of compilation.
     """
     shifts = jnp.asarray([_find_shift(y)] * 2 + [0.0] * 2, y.dtype)
-    return jax.lax.fori_loop(0, 4, lambda i, y: _cholesky_qr(y, shifts[i]), y)
+    return jax.lax.fori_loop(0, 4, lambda i, y: _take_cholesky_step(y, shifts[i]), y)
 
 
-def _find_shift(y):
-    # The sums behind the Gram matrix err by about eps √m of its trace: less shift than that
-    # leaves it indefinite for rows that are all but parallel (the matrix of ones).
+def _find_shift(y: Float[Array, "*batch l m"]) -> float:
+    """Return the shift of the Gram matrix of y, relative to its trace."""
+    # Rounding in the sums of the Gram matrix is about eps √m of its trace. A smaller
+    # shift leaves it indefinite if the rows are almost parallel, as in the matrix of
+    # ones.
     return 0.5 * y.shape[-1] ** 0.5 * float(jnp.finfo(y.dtype).eps)
 
 
-def _cholesky_qr(y, shift):
-    _, inverse = _factor(matmul(y, y.mT), shift)
+def _take_cholesky_step(
+    y: Float[Array, "*batch l m"], shift: Float[Array, ""]
+) -> Float[Array, "*batch l m"]:
+    """Return L⁻¹ y, where L is the Cholesky factor of the shifted Gram matrix."""
+    _, inverse = _invert_cholesky(matmul(y, y.mT), shift)
     return matmul(inverse, y)
 
 
-def _factor(gram, shift):
-    """Return (L, inverse of L) of gram + shift * trace * I = L Lᵀ."""
+def _invert_cholesky(
+    gram: Float[Array, "*batch l l"], shift: float | Float[Array, ""]
+) -> tuple[Float[Array, "*batch l l"], Float[Array, "*batch l l"]]:
+    """Return (L, L⁻¹) with L Lᵀ = gram + shift * trace * I."""
     trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
     eye = eye_like(gram)
     lower = jax.lax.linalg.cholesky(gram + shift * trace * eye, symmetrize_input=False)
-    return lower, jax.lax.linalg.triangular_solve(
-        lower, eye, left_side=True, lower=True
-    )
+    inverse = jax.lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
+    return lower, inverse

@@ -1,27 +1,36 @@
 """Test matrices: random from a key, or fixed."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 
+from jlora._types import Array, DTypeLike, Float, PRNGKey
 
-def gaussian_sketch(key, num_rows, num_columns, dtype):
-    """Return a Gaussian test matrix [num_rows, num_columns]; `key` is consumed.
 
-    Every matrix of a batch meets the same one, so that its result does not depend on what else
-    is in the batch.
+def gaussian_sketch(
+    key: PRNGKey, num_rows: int, num_columns: int, dtype: DTypeLike
+) -> Float[Array, "num_rows num_columns"]:
+    """Return a standard normal test matrix. `key` is consumed.
+
+    All matrices of a batch share one test matrix, so that a result does not depend on
+    the rest of the batch.
     """
     return jax.random.normal(key, (num_rows, num_columns), dtype)
 
 
-def fixed_sketch(num_rows, num_columns, dtype):
-    """Return a matrix [num_rows, num_columns] of no structure, the same each time.
+def fixed_sketch(
+    num_rows: int, num_columns: int, dtype: DTypeLike
+) -> Float[Array, "num_rows num_columns"]:
+    """Return a matrix without structure that is the same in every call.
 
-    For functions that take no key and need a trace of something generic, nothing random.
+    For functions that take no key and need a little generic noise, not randomness.
     """
-    # The mixing steps of MurmurHash3 (Appleby): neighbours share no bits.
+    # The mixing steps of MurmurHash3 (Appleby): the bits of neighbours are unrelated.
     x = jnp.arange(1, num_rows * num_columns + 1, dtype=jnp.uint32)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
-    unit = (x ^ (x >> 16)).astype(dtype) / jnp.asarray(2.0**32, dtype)
-    spread = (12**0.5 * (unit - 0.5)).astype(dtype)  # of variance one
-    return spread.reshape(num_rows, num_columns)
+
+    uniform = (x ^ (x >> 16)).astype(dtype) / jnp.asarray(2.0**32, dtype)
+    unit_variance = (12**0.5 * (uniform - 0.5)).astype(dtype)
+    return unit_variance.reshape(num_rows, num_columns)

@@ -1,33 +1,52 @@
 """Randomised subspace iteration.
 
-Source: Halko, Martinsson, Tropp, "Finding structure with randomness", 2011, algorithm 4.4.
-Differs: the bases are orthonormalised by CholeskyQR rather than Householder QR.
+Source: Halko, Martinsson, Tropp, "Finding structure with randomness", 2011, algorithm
+4.4. Differs: CholeskyQR orthonormalises the bases instead of Householder QR.
 """
+
+from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jlora._numerics import matmul
-from jlora.factorization.krylov import Bidiagonal, draw_noise
-from jlora.factorization.operators import multiply, multiply_transposed
+from jlora._types import Array, Float, Int, PRNGKey
+from jlora.factorization.krylov import draw_noise
+from jlora.factorization.operators import Matrix, multiply, multiply_transposed
 from jlora.factorization.orthonormal import orthonormalize
+from jlora.factorization.projection import Projection
 
 
-def subspace_factors(a, omega, num_iterations, *, key):
-    """Return the `Bidiagonal` after 2 * num_iterations passes, omega [..., b, n] or [b, n]."""
+class _State(NamedTuple):
+    """The bases after some iterations."""
+
+    left: Float[Array, "*batch b m"]  # orthonormal rows
+    product: Float[Array, "*batch b n"]  # left @ a
+    right: Float[Array, "*batch b n"]  # orthonormal rows with the span of `product`
+
+
+def project_onto_subspace(
+    a: Matrix, omega: Float[Array, "... b n"], num_iterations: int, *, key: PRNGKey
+) -> Projection:
+    """Return `a` projected onto the leading subspaces, after 2 * num_iterations passes.
+
+    `omega` is the first right block, [..., b, n], or [b, n] if the batch shares it.
+    """
     batch, (m, n) = a.shape[:-2], a.shape[-2:]
     noise = draw_noise(key, a, omega, 0)
     noise_m, noise_n = noise[:, :m], noise[:, m : m + n]
 
-    def iterate(right):
+    def iterate(right: Float[Array, "*batch b n"]) -> _State:
         left = orthonormalize(multiply(a, right), noise_m)
         product = multiply_transposed(a, left)
-        return left, product, orthonormalize(product, noise_n)
+        return _State(left, product, orthonormalize(product, noise_n))
 
-    def step(_, carry):
-        return iterate(carry[2])
+    def step(_: Int[Array, ""], state: _State) -> _State:
+        return iterate(state.right)
 
-    start = orthonormalize(omega, noise_n)
-    first = iterate(jnp.broadcast_to(start, (*batch, *start.shape[-2:])))
-    left, product, right = jax.lax.fori_loop(1, num_iterations, step, first)
-    return Bidiagonal(left, matmul(product, right.mT), right)
+    right = orthonormalize(omega, noise_n)
+    state = iterate(jnp.broadcast_to(right, (*batch, *right.shape[-2:])))
+    left, product, right = jax.lax.fori_loop(1, num_iterations, step, state)
+    return Projection(left, matmul(product, right.mT), right)

@@ -1,68 +1,82 @@
-"""The public decompositions: `randomized_svd` and `truncated_svd`."""
+"""The public decompositions of a given rank: `randomized_svd` and `truncated_svd`."""
+
+from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Literal
 
 import jax
 
 from jlora import _checks
 from jlora._numerics import refuse_derivative
-from jlora.factorization.core import decompose_fully
-from jlora.factorization.iteration import iterate
+from jlora._types import AnyArray, Array, Float, PRNGKey
+from jlora.factorization.full import decompose_fully
+from jlora.factorization.iteration import decompose_randomly
 from jlora.factorization.operators import solve_stored
 from jlora.factorization.passes import plan_iteration
 from jlora.factors import SVD, check_svd
 
 
 def randomized_svd(
-    a, rank, *, key, num_passes=None, block_size=None, method="krylov", warm_start=None
-):
+    a: Float[AnyArray, "*batch m n"],
+    rank: int,
+    *,
+    key: PRNGKey,
+    num_passes: int | None = None,
+    block_size: int | None = None,
+    method: Literal["krylov", "subspace"] = "krylov",
+    warm_start: SVD | None = None,
+) -> SVD:
     """Return the leading `rank` singular triplets of each matrix, by random projection.
 
-    Block Krylov: the span of aΩ, (aaᵀ)aΩ, (aaᵀ)²aΩ, ... for a Gaussian Ω of `block_size`
-    columns, and the best approximation inside it. Subspace iteration keeps the last term alone.
-    Where the basis would be as wide as the matrix, the full decomposition is computed instead:
-    the same result, cheaper.
-
-    Shapes: m, n rows and columns, r = rank, ... batch axes.
+    Block Krylov: the best approximation inside the span of aΩ, (aaᵀ)aΩ, (aaᵀ)²aΩ, ...,
+    where Ω is Gaussian with `block_size` columns. Subspace iteration keeps only the
+    last of these blocks. If the basis would be as wide as the matrix, the full
+    decomposition is computed instead: it is at least as exact, and cheaper.
 
     Args:
-        a: [..., m, n] real floating. float64 is computed in float64, all else in float32.
+        a: real floating. float64 is computed in float64, every other dtype in float32.
         rank: static, 1 ≤ rank ≤ min(m, n).
-        key: one typed PRNG key, consumed. All matrices of a batch use the same test matrix;
-            for a key each, vmap over both.
-        num_passes: static, at least 2; products with a or aᵀ. None: 14 to 28 (krylov, see
-            `plan_krylov`), 10 (subspace), 2 with `warm_start`. An odd count spends its first pass on
-            a sketch through aᵀ.
-        block_size: static, columns of one block. None: max(8, ⌈rank / 2⌉) (krylov; the rank
-            from 17 to 64 where m and n are at least 3072), 2 rank (subspace), the rank of
-            `warm_start` and 8 more.
+        key: one typed PRNG key, consumed. The matrices of a batch share one test
+            matrix. For one key per matrix, use vmap over both.
+        num_passes: static, at least 2: the number of products with a or aᵀ. None: 14 to
+            28 for "krylov" (see `plan_krylov`), 10 for "subspace", 2 with `warm_start`.
+            An odd number spends its first pass on a sketch through aᵀ.
+        block_size: static, the number of columns of one block. None:
+            max(8, ⌈rank / 2⌉) for "krylov", but `rank` if it is 17 to 64 and m and n
+            are at least 3072; 2 rank for "subspace"; the rank of `warm_start` plus 8.
         method: static, "krylov" or "subspace".
-        warm_start: `SVD` of a matrix near `a`, of any rank: its leading vectors take the place of
-            random ones. One pair of passes a step then follows a matrix that drifts.
-            None: all random.
+        warm_start: the SVD of a matrix near `a`, of any rank. Its leading vectors
+            replace random ones, so one pair of passes per step follows a matrix that
+            drifts. None: all vectors are random.
 
     Returns:
-        `SVD` of u [..., m, r], s [..., r], vt [..., r, n] in the compute dtype. NaN or Inf in a
-        matrix gives NaN for that matrix.
+        `SVD` of u [..., m, rank], s [..., rank], vt [..., rank, n] in the compute
+        dtype. NaN or Inf in a matrix gives NaN for that matrix.
 
     Raises:
-        TypeError: `a` is no real floating array, `rank` no static integer, `key` no typed key,
-            `warm_start` no SVD.
-        ValueError: a size is out of its range, the basis has fewer columns than `rank`, or
-            `warm_start` is of another shape than `a`.
+        TypeError: `a` is not a real floating array, `rank` not a static integer, `key`
+            not a typed key, or `warm_start` not an SVD.
+        ValueError: a size is out of range, the basis has fewer columns than `rank`, or
+            the shape of `warm_start` does not fit `a`.
 
-    Cost: 2 m n block_size flops a pass, and about 6 (m + n) L² in all to keep the bases
-        orthonormal, L = block_size * num_passes / 2 columns. Memory at most 3 (m + n) L numbers;
-        never a copy of `a`, but for a 16-bit matrix on a CPU, which is widened there.
+    Cost: 2 m n block_size flops per pass, and about 6 (m + n) L² in total to keep the
+        bases orthonormal, with L = block_size * num_passes / 2 columns. Memory for at
+        most 3 (m + n) L elements. `a` is never copied, except that a CPU casts a 16-bit
+        matrix to float32.
 
-    Accuracy: u and v orthonormal to 1e-5 in float32 for any input. Singular values never exceed
-        the true ones by more than rounding. The excess over the best possible error depends on
-        the spectrum and is below 1e-4 on those of trained weights at the default setting.
+    Accuracy: u and v are orthonormal to 1e-5 in float32 for any input. Singular values
+        exceed the true ones by rounding at most. The excess over the best possible
+        error depends on the spectrum. It is below 1e-4 for trained weights at the
+        defaults.
 
-    Gradients: refused with a TypeError when the derivative is asked for; unrolled iterations
-        give wrong derivatives of singular vectors. Apply jax.lax.stop_gradient to `a`.
+    Gradients: refused with a TypeError when a derivative is requested, because unrolled
+        iterations give wrong derivatives of singular vectors. Apply
+        jax.lax.stop_gradient to `a`.
 
-    Source: Musco and Musco 2015; Halko, Martinsson, Tropp 2011; see krylov.py, subspace.py.
+    Source: Musco and Musco 2015; Halko, Martinsson, Tropp 2011; see krylov.py and
+        subspace.py.
 
     Example:
         >>> import jax, jlora
@@ -82,65 +96,80 @@ def randomized_svd(
     num_passes, block_size, width = plan_iteration(
         a.shape, rank, num_passes, block_size, method, warm_start
     )
+
+    a = refuse_derivative(a)
     if width > min(a.shape[-2:]):
-        return decompose_fully(refuse_derivative(a), rank)
-    return _randomized_svd(
-        refuse_derivative(a), key, warm_start, rank, num_passes, block_size, method
-    )
+        return decompose_fully(a, rank)
+    return _randomized_svd(a, key, warm_start, rank, num_passes, block_size, method)
 
 
-def truncated_svd(a, rank):
+def truncated_svd(a: Float[AnyArray, "*batch m n"], rank: int) -> SVD:
     """Return the leading `rank` singular triplets of each matrix, to working precision.
 
-    The full thin decomposition, cut: deterministic, and the oracle for everything faster.
-
-    Shapes: m, n rows and columns, r = rank, ... batch axes.
+    The full thin decomposition, truncated. It is deterministic, and the reference for
+    every faster method.
 
     Args:
-        a: [..., m, n] real floating. float64 is computed in float64, all else in float32.
+        a: real floating. float64 is computed in float64, every other dtype in float32.
         rank: static, 1 ≤ rank ≤ min(m, n).
 
     Returns:
-        `SVD` of u [..., m, r], s [..., r], vt [..., r, n] in the compute dtype. NaN or Inf in a
-        matrix gives NaN for that matrix.
+        `SVD` of u [..., m, rank], s [..., rank], vt [..., rank, n] in the compute
+        dtype. NaN or Inf in a matrix gives NaN for that matrix.
 
     Raises:
-        TypeError: `a` is no real floating array, or `rank` no static integer.
+        TypeError: `a` is not a real floating array, or `rank` not a static integer.
         ValueError: `a` has fewer than two axes, or `rank` is outside [1, min(m, n)].
 
-    Cost: O(m n min(m, n)) flops, the memory of a full thin decomposition.
+    Cost: O(m n min(m, n)) flops, and the memory of a full thin decomposition.
 
     Accuracy: backward stable.
 
-    Gradients: exact where the singular values are distinct and not zero; not finite elsewhere.
+    Gradients: exact where the singular values are distinct and nonzero; elsewhere not
+        finite.
 
     Example:
         >>> import jax.numpy as jnp, jlora
-        >>> jlora.truncated_svd(jnp.diag(jnp.array([3.0, 5.0, 1.0])), 2).s.round(4).tolist()
+        >>> a = jnp.diag(jnp.array([3.0, 5.0, 1.0]))
+        >>> jlora.truncated_svd(a, 2).s.round(4).tolist()
         [5.0, 3.0]
     """
     a = _checks.check_matrix(a)
     return decompose_fully(a, _checks.check_rank(rank, a.shape))
 
 
-def _check_warm_start(warm_start, shape):
+def _check_warm_start(warm_start: SVD | None, shape: Sequence[int]) -> SVD | None:
+    """Return `warm_start` with JAX arrays, after a check that it fits `shape`."""
     if warm_start is None:
         return None
     u, s, vt = check_svd(warm_start, "warm_start")
-    expected = (*shape[:-1], s.shape[-1])
+    *batch, m, n = shape
+    rank = s.shape[-1]
+
+    expected = (*batch, m, rank)
     _checks.check_shape(u.shape, expected, "warm_start.u", "the rows of a, any rank")
-    expected = (*shape[:-2], s.shape[-1], shape[-1])
-    _checks.check_shape(
-        vt.shape, expected, "warm_start.vt", "the columns of a, any rank"
-    )
+    expected, meaning = (*batch, rank, n), "the columns of a, any rank"
+    _checks.check_shape(vt.shape, expected, "warm_start.vt", meaning)
     return SVD(u, s, vt)
 
 
 @functools.partial(
     jax.jit, static_argnames=("rank", "num_passes", "block_size", "method")
 )
-def _randomized_svd(a, key, warm_start, rank, num_passes, block_size, method):
-    solve = functools.partial(
-        iterate, rank=rank, num_passes=num_passes, block_size=block_size, method=method
+def _randomized_svd(
+    a: Float[Array, "*batch m n"],
+    key: PRNGKey,
+    warm_start: SVD | None,
+    rank: int,
+    num_passes: int,
+    block_size: int,
+    method: str,
+) -> SVD:
+    decompose = functools.partial(
+        decompose_randomly,
+        rank=rank,
+        num_passes=num_passes,
+        block_size=block_size,
+        method=method,
     )
-    return solve_stored(solve, a, key, warm_start)
+    return solve_stored(decompose, a, key, warm_start)

@@ -1,49 +1,60 @@
-"""Ranks for many layers under one budget of parameters."""
+"""Ranks of many layers under one budget of parameters."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from jlora import _checks
-from jlora.rank_selection.spectrum import read_spectrum
+from jlora._types import Float, Int
+from jlora.rank_selection.spectrum import SpectrumSource, read_spectrum
+
+T = TypeVar("T")
+Layers: TypeAlias = dict[Any, T] | Sequence[T]  # by name, or by position
 
 
 def allocate_ranks(
-    spectra,
+    spectra: Layers[SpectrumSource],
     *,
-    budget,
-    shapes=None,
-    minimum=0,
-    maximum=None,
-    multiple_of=1,
-    weights=None,
-):
-    """Return a rank for each layer, most energy under one budget of parameters.
+    budget: int,
+    shapes: Layers[tuple[int, int]] | None = None,
+    minimum: int | Layers[int] = 0,
+    maximum: int | Layers[int] | None = None,
+    multiple_of: int = 1,
+    weights: float | int | Layers[float | int] | None = None,
+) -> dict[Any, int] | list[int]:
+    """Return a rank for each layer that keeps the most energy under one budget.
 
-    A rank of a layer costs m + n parameters and captures σ_k². Ranks are bought in the order of
-    energy per parameter, over all layers at once; one that no longer fits is left for cheaper
-    ones. This is the optimum but for the last few parameters, which no whole rank fits into.
+    One more rank of a layer costs m + n parameters and captures σ_k². Ranks of all
+    layers are bought in the order of energy per parameter. If the next one of a layer
+    no longer fits, cheaper layers follow. The energy misses the optimum by at most one
+    rank, because the last parameters may not fit the best choice.
 
     Args:
-        spectra: {name: spectrum} or a sequence of them: an `SVD`, or singular values [k] in
-            descending order. More ranks than values are not given.
+        spectra: {name: spectrum} or a sequence of spectra. A spectrum is an `SVD`, or
+            singular values [k] in descending order. No rank exceeds their number.
         budget: the most parameters, Σ rank (m + n).
-        shapes: (m, n) of each, in the form of `spectra`. None: those of the SVDs; k×k for arrays.
-        minimum, maximum: the least and the most rank, one number or one for each in the form of
-            `spectra`. A minimum is cut to the number of values. None: no maximum.
-        multiple_of: ranks are multiples of this, such as 8, but for a layer's last values.
-        weights: positive, what a unit of energy of each layer is worth, in the form of
-            `spectra`. None: the same.
+        shapes: (m, n) of each layer, a dict or a sequence like `spectra`. None: the
+            shapes of the SVDs, or k×k for arrays.
+        minimum: the smallest rank, one number or one per layer, like `spectra`. At most
+            the number of values is used.
+        maximum: the largest rank, one number or one per layer. None: no maximum.
+        multiple_of: ranks are multiples of it, such as 8. Only the last values of a
+            layer may form a smaller step.
+        weights: the value of a unit of energy, positive, one number or one per layer.
+            None: 1.
 
     Returns:
         Ranks, {name: int} or [int].
 
     Raises:
-        TypeError: arguments of the wrong kind.
-        ValueError: no layer, values that are not descending and finite, numbers out of range, or
-            a budget that is smaller than the minimum ranks need.
+        TypeError: an argument of the wrong kind.
+        ValueError: no layer, values that are not descending and finite, a number out of
+            its range, or a budget too small for the minimum ranks.
 
-    Cost: O(N) for N values in all, and O(T log T) for the T that are bought.
+    Cost: O(N) for N values in all, and O(T log T) for the T values bought.
 
     Example:
         >>> import jax.numpy as jnp, jlora
@@ -57,96 +68,133 @@ def allocate_ranks(
     budget = _checks.check_integer(budget, "budget", minimum=0)
     step = _checks.check_integer(multiple_of, "multiple_of")
     layers = [
-        _read_layer(name, spectra, shapes, minimum, maximum, weights, step)
+        _plan_layer(
+            _read_request(name, spectra, shapes, minimum, maximum, weights), step
+        )
         for name in names
     ]
+
     needed = sum(layer.least * layer.cost for layer in layers)
     if needed > budget:
         raise ValueError(
-            f"`budget` must cover the minimum ranks, {needed} parameters, got {budget}. "
-            "Raise it or lower `minimum`."
+            f"`budget` must cover the minimum ranks, {needed} parameters, "
+            f"got {budget}. Raise it or lower `minimum`."
         )
-    ranks = _buy_ranks(layers, budget - needed, step)
+    ranks = _buy_ranks(layers, budget - needed)
     return dict(zip(names, ranks, strict=True)) if isinstance(spectra, dict) else ranks
 
 
+class _Request(NamedTuple):
+    """The arguments about one layer, checked."""
+
+    values: Float[np.ndarray, " k"]  # singular values, descending
+    shape: tuple[int, int]
+    minimum: int
+    maximum: int
+    weight: float  # value of a unit of energy
+
+
 class _Layer(NamedTuple):
+    """The steps by which the rank of one layer can grow from `least`."""
+
     cost: int  # parameters of one rank
     least: int
-    most: int
-    gains: np.ndarray  # energy of each further step of ranks above the least
-    sizes: np.ndarray  # ranks in each step
+    gains: Float[np.ndarray, " t"]  # energy of each step
+    sizes: Int[np.ndarray, " t"]  # ranks in each step
 
 
-def _read_layer(name, spectra, shapes, minimum, maximum, weights, step):
-    def pick(values, default):
-        if values is None:
-            return default
-        return values[name] if isinstance(values, (dict, list, tuple)) else values
-
+def _read_request(
+    name: Any,
+    spectra: Layers[SpectrumSource],
+    shapes: Layers[tuple[int, int]] | None,
+    minimum: int | Layers[int],
+    maximum: int | Layers[int] | None,
+    weights: float | int | Layers[float | int] | None,
+) -> _Request:
+    """Return the request of the layer `name`, or refuse it."""
     shape = None if shapes is None else shapes[name]
-    values, shape, *_ = read_spectrum(spectra[name], shape, None, f"spectra[{name!r}]")
-    m, n = (len(values),) * 2 if shape is None else shape
-    least = _checks.check_integer(pick(minimum, 0), f"minimum of {name!r}", minimum=0)
-    most = pick(maximum, None)
-    most = (
-        len(values)
-        if most is None
-        else _checks.check_integer(most, f"maximum of {name!r}", minimum=0)
-    )
+    spectrum = read_spectrum(spectra[name], shape, None, f"spectra[{name!r}]")
+    values = spectrum.values
+    shape = (len(values), len(values)) if spectrum.shape is None else spectrum.shape
+
+    least = _pick(minimum, name, 0)
+    least = _checks.check_integer(least, f"minimum of {name!r}", minimum=0)
+    most = _pick(maximum, name, None)
+    most = len(values) if most is None else most
+    most = _checks.check_integer(most, f"maximum of {name!r}", minimum=0)
     if most < least:
         raise ValueError(
             f"`maximum` of {name!r} must be at least its minimum, {least}, got {most}. "
             "Change one of them."
         )
-    weight = float(pick(weights, 1.0))
+
+    weight = float(_pick(weights, name, 1.0))
     if not weight > 0:
         raise ValueError(
             f"`weights` of {name!r} must be positive, got {weight}. Leave it out."
         )
-    most = min(most, len(values))
-    least = min(-(-least // step) * step, most)
+    return _Request(values, shape, least, most, weight)
+
+
+def _pick(setting: Any, name: Any, default: Any) -> Any:
+    """Return the setting of one layer: one value for all layers, or one per layer."""
+    if setting is None:
+        return default
+    return setting[name] if isinstance(setting, (dict, list, tuple)) else setting
+
+
+def _plan_layer(request: _Request, step: int) -> _Layer:
+    """Return the layer's steps of `step` ranks each."""
+    num_values = len(request.values)
+    most = min(request.maximum, num_values)
+    least = min(-(-request.minimum // step) * step, most)
+
     starts = np.arange(least, most, step)
-    if most < len(values):
-        starts = starts[
-            starts + step <= most
-        ]  # only the last values make a broken step
-    squares = weight * values[:most] ** 2
+    if most < num_values:
+        # Only the last values of a layer may form a smaller step.
+        starts = starts[starts + step <= most]
+    squares = request.weight * request.values[:most] ** 2
     gains = np.add.reduceat(squares, starts) if len(starts) else np.zeros(0)
     sizes = np.minimum(starts + step, most) - starts
-    return _Layer(m + n, least, most, gains, sizes)
+    return _Layer(sum(request.shape), least, gains, sizes)
 
 
-def _buy_ranks(layers, budget, step):
-    """Return the rank of each layer once the budget is spent."""
+def _buy_ranks(layers: Sequence[_Layer], budget: int) -> list[int]:
+    """Return the ranks after `budget` is spent on steps above the least ranks."""
     owners = np.repeat(np.arange(len(layers)), [len(layer.gains) for layer in layers])
     sizes = np.concatenate([layer.sizes for layer in layers])
     prices = sizes * np.array([layer.cost for layer in layers])[owners]
     values = np.concatenate([layer.gains for layer in layers]) / np.maximum(prices, 1)
     ranks = np.array([layer.least for layer in layers])
-    if len(values):
-        closed = np.zeros(len(layers), bool)
-        for index in _order_affordable(values, prices, budget):
-            owner = owners[index]
-            if closed[owner]:
-                continue
-            if prices[index] <= budget:
-                budget -= prices[index]
-                ranks[owner] += sizes[index]
-            else:
-                closed[owner] = (
-                    True  # ranks are bought in order, the next one costs as much
-                )
-                if np.all(closed):
-                    break
+    if not len(values):
+        return ranks.tolist()
+
+    is_closed = np.zeros(len(layers), bool)
+    for index in _order_affordable(values, prices, budget):
+        owner = owners[index]
+        if is_closed[owner]:
+            continue
+        if prices[index] <= budget:
+            budget -= int(prices[index])
+            ranks[owner] += sizes[index]
+        else:
+            # Ranks of a layer are bought in order, so its later steps are out too.
+            is_closed[owner] = True
+            if np.all(is_closed):
+                break
     return ranks.tolist()
 
 
-def _order_affordable(values, prices, budget):
-    """Return indices by falling value, as many as the budget can reach at all."""
+def _order_affordable(
+    values: Float[np.ndarray, " t"], prices: Int[np.ndarray, " t"], budget: int
+) -> Int[np.ndarray, " most"]:
+    """Return the indices of the most valuable steps, best first.
+
+    Their number is the most that the budget can buy, plus one.
+    """
     most = min(len(values), int(budget // prices.min()) + 1)
     leading = np.arange(len(values))
     if most < len(values):
         leading = np.sort(np.argpartition(-values, most - 1)[:most])
-    # Stable: of equal values in one layer the earlier rank comes first.
+    # Stable: among equal values of one layer, the earlier rank comes first.
     return leading[np.argsort(-values[leading], kind="stable")]

@@ -1,4 +1,12 @@
-"""Factors (and a base) → the matrix, or its product with activations."""
+"""Factors (and a base) → the matrix, or its product with activations.
+
+dense.py            reconstruct, unmerge
+implementations.py  base + u @ v, one implementation for each platform and rank
+rounding.py         float32 sums in 16 bits, `CompensatedWeight`
+apply.py            apply_factors
+many.py             apply_many, stack_factors: an adapter for each row
+choice.py           which_implementation
+"""
 
 from jlora.reconstruction.apply import apply_factors
 from jlora.reconstruction.choice import which_implementation

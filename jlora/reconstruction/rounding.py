@@ -1,19 +1,22 @@
-"""Sums in float32 stored in 16 bits: to the nearest, at random without bias, or in two parts."""
+"""Float32 sums stored in 16 bits: nearest, stochastic without bias, or in two parts."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jlora import _checks
+from jlora._types import Array, Float, PRNGKey
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 
 
 class CompensatedWeight(NamedTuple):
-    """A weight as the sum of two arrays of one dtype: what the first cannot hold is in the second.
+    """A weight as high + low, two arrays of one dtype; low holds the rounding error.
 
-    Two of bfloat16 hold 16 bits, two of float16 22.
+    Two arrays of bfloat16 hold 16 bits, two of float16 hold 22.
 
     Example:
         >>> import jax.numpy as jnp, jlora
@@ -24,12 +27,12 @@ class CompensatedWeight(NamedTuple):
         (1.0, 0.001)
     """
 
-    high: jax.Array  # [..., m, n], the sum to the nearest
-    low: jax.Array  # [..., m, n], what is left of it, to the nearest
+    high: Float[Array, "*batch m n"]  # the sum, rounded to the nearest
+    low: Float[Array, "*batch m n"]  # the remainder, rounded to the nearest
 
 
-def check_rounding(rounding, key, dtype):
-    """Refuse a rounding that is none, or that its key or the dtype does not fit."""
+def check_rounding(rounding: str, key: PRNGKey | None, dtype: Any) -> None:
+    """Refuse an unknown rounding, and one that its key or the dtype does not fit."""
     _checks.check_choice(rounding, ROUNDINGS, "rounding")
     if rounding == "stochastic":
         if key is None:
@@ -40,41 +43,52 @@ def check_rounding(rounding, key, dtype):
         _checks.check_key(key)
     elif key is not None:
         raise ValueError(
-            f"`key` must be left out with rounding={rounding!r}, which draws nothing, got one. "
-            "Ask for rounding='stochastic' or leave it out."
+            f"`key` must be left out with rounding={rounding!r}, which draws nothing, "
+            "got one. Ask for rounding='stochastic' or leave it out."
         )
+
     if rounding != "nearest" and jnp.finfo(dtype).bits != 16:
         raise ValueError(
-            f"`rounding` must be 'nearest' for a result in {jnp.dtype(dtype).name}, got "
-            f"{rounding!r}. The others are for bfloat16 and float16."
+            f"`rounding` must be 'nearest' for a result in {jnp.dtype(dtype).name}, "
+            f"got {rounding!r}. The others are for bfloat16 and float16."
         )
 
 
-def round_sum(total, dtype, rounding, key):
-    """Return the sum in `dtype`: an array, or a `CompensatedWeight` for "compensated"."""
+def round_sum(
+    total: Float[Array, "*batch m n"], dtype: Any, rounding: str, key: PRNGKey | None
+) -> Array | CompensatedWeight:
+    """Return the sum in `dtype`, as an array or a `CompensatedWeight`."""
     if rounding == "stochastic":
+        assert key is not None
         return _round_stochastically(total, dtype, key)
     high = total.astype(dtype)
     if rounding == "nearest":
         return high
-    rest = total - high.astype(total.dtype)
-    # Of what is not finite nothing is left over.
-    return CompensatedWeight(high, jnp.where(jnp.isfinite(rest), rest, 0).astype(dtype))
+
+    # The remainder of Inf would be NaN; it is zero.
+    remainder = total - high.astype(total.dtype)
+    remainder = jnp.where(jnp.isfinite(remainder), remainder, 0)
+    return CompensatedWeight(high, remainder.astype(dtype))
 
 
-def _round_stochastically(total, dtype, key):
-    """Return one of the two neighbours, each as likely as the sum is near to it.
+def _round_stochastically(
+    total: Float[Array, "*batch m n"], dtype: Any, key: PRNGKey
+) -> Float[Array, "*batch m n"]:
+    """Return one of the two neighbours, with a probability that makes the mean exact.
 
-    Random bits are added below the last that is kept, and what is below it then is cut off.
+    Random bits are added below the last kept bit, and then the bits below it are
+    dropped.
     """
     total = total.astype(jnp.float32)
     noise = jax.random.bits(key, total.shape, jnp.uint32)
-    dropped = 24 - (jnp.finfo(dtype).nmant + 1)
+    num_dropped = 24 - (jnp.finfo(dtype).nmant + 1)
     bits = jax.lax.bitcast_convert_type(total, jnp.uint32)
-    cut = ((bits + (noise >> (32 - dropped))) >> dropped) << dropped
-    rounded = jax.lax.bitcast_convert_type(cut, jnp.float32)
+    bits = bits + (noise >> (32 - num_dropped))
+    truncated = (bits >> num_dropped) << num_dropped
+    rounded = jax.lax.bitcast_convert_type(truncated, jnp.float32)
+
     if dtype == jnp.float16:
-        # Below its normal numbers float16 has fixed steps, float32 keeps relative ones.
+        # Below its normal numbers float16 has fixed steps, and float32 relative ones.
         step = 2.0**-24
         fraction = (noise >> 8).astype(jnp.float32) * 2.0**-24
         small = jnp.floor(total / step + fraction) * step

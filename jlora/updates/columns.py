@@ -1,41 +1,61 @@
 """Columns of a factorised matrix set, replaced or removed."""
 
-import jax
+from __future__ import annotations
+
+from typing import Any, overload
+
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jlora import _checks
 from jlora._numerics import matmul, to_compute
+from jlora._types import AnyArray, Float
 from jlora.factors import SVD, Factors, check_svd
 from jlora.updates.additive import add_low_rank
 from jlora.updates.recompression import decompose_product
 
+Columns = int | slice | list[int] | tuple[int, ...] | AnyArray
 
-def set_columns(factors, columns, values):
+
+@overload
+def set_columns(
+    factors: Factors, columns: Columns, values: Float[AnyArray, "... r k"]
+) -> Factors: ...
+
+
+@overload
+def set_columns(
+    factors: SVD, columns: Columns, values: Float[AnyArray, "... r k"]
+) -> SVD: ...
+
+
+def set_columns(
+    factors: Any, columns: Columns, values: Float[AnyArray, "... r k"]
+) -> Factors | SVD:
     """Return the factors with v[..., columns] = values: a domain's weight vectors in V.
 
-    Only these columns of u @ v change; they become u @ values. Of an SVD, v is diag(s) vt, and
-    what comes back is an SVD again: its columns stay within the span of u, and its rank is kept.
-
-    Shapes: m, n rows and columns of u @ v, r rank, k columns set.
+    Only these columns of u @ v change; they become u @ values. For an SVD, v is
+    diag(s) vt and the result is an SVD again, of the same rank: the columns stay within
+    the span of u.
 
     Args:
         factors: `Factors` of u [..., m, r], v [..., r, n], or an `SVD`.
         columns: an integer k (static: the last k columns), a slice, or a 1-D array of k
-            distinct indices. Indices that are traced are not checked, and those out of range
-            are dropped.
-        values: [..., r, k] real floating, cast to the dtype of v. Batch axes as v, or none.
+            distinct indices. Traced indices are not checked, and dropped if they are
+            out of range.
+        values: cast to the dtype of v. Batch axes as v, or none.
 
     Returns:
-        `Factors` in the dtypes given, or an `SVD` in the compute dtype.
+        `Factors` in the given dtypes, or an `SVD` in the compute dtype.
 
     Raises:
         TypeError: factors, indices or values of the wrong kind.
-        ValueError: an index out of range or named twice, or `values` of another shape.
+        ValueError: an index out of range or repeated, or `values` of another shape.
 
-    Cost: a copy of v; of an SVD O((m + n) r²) flops.
+    Cost: a copy of v; for an SVD O((m + n) r²) flops.
 
-    Gradients: exact, to u, to the columns of v that stay, and to `values`; of an SVD as those of
+    Gradients: exact, to u, to the other columns of v, and to `values`; for an SVD as
         `recompress`.
 
     Example:
@@ -44,53 +64,64 @@ def set_columns(factors, columns, values):
         >>> jlora.set_columns(factors, 2, jnp.array([[7.0, 8.0]])).v.tolist()
         [[0.0, 0.0, 7.0, 8.0]]
     """
-    is_svd = isinstance(factors, tuple) and len(factors) == 3
+    is_svd = _is_svd(factors)
     if is_svd:
         u, s, vt = check_svd(factors, "factors")
         v = s[..., None] * vt
     else:
         u, v = _checks.check_factors(factors)
+
     values = _checks.check_matrix(values, "values")
     indices = _checks.check_columns(columns, v.shape[-1])
     batch = v.shape[:-2] if values.ndim > 2 else ()
     expected = (*batch, v.shape[-2], len(indices))
-    _checks.check_shape(
-        values.shape, expected, "values", "rank rows, one column for each set"
-    )
+    meaning = "rank rows, one column for each set"
+    _checks.check_shape(values.shape, expected, "values", meaning)
+
     v = v.at[..., indices].set(values.astype(v.dtype))
     return decompose_product(u, v, v.shape[-2]) if is_svd else Factors(u, v)
 
 
-def replace_columns(svd, columns, c, *, rank=None):
-    """Return the SVD of the matrix of an SVD with other columns in place of some of its own.
+def _is_svd(factors: Any) -> bool:
+    return isinstance(factors, tuple) and len(factors) == 3
 
-    A low-rank term is added: the differences of the columns, each at its place.
 
-    Shapes: m, n rows and columns, r the rank of the SVD, k columns replaced.
+def replace_columns(
+    svd: SVD,
+    columns: Columns,
+    c: Float[AnyArray, "*batch m k"],
+    *,
+    rank: int | None = None,
+) -> SVD:
+    """Return the SVD of the matrix of the given SVD with some columns replaced.
+
+    It adds a low-rank term: the differences of the columns, each at its index.
 
     Args:
         svd: `SVD` of u [..., m, r], s [..., r], vt [..., r, n].
         columns: as in `set_columns`.
-        c: [..., m, k] real floating, the new columns.
+        c: the new columns.
         rank: as in `add_low_rank`, at most min(m, n, r + k).
 
     Returns:
-        `SVD` of the matrix so changed, in the common compute dtype.
+        `SVD` of the changed matrix, in the common compute dtype.
 
     Raises:
         TypeError: arguments of the wrong kind.
-        ValueError: an index out of range or named twice, shapes that do not fit, or a rank out
-            of its range.
+        ValueError: an index out of range or repeated, shapes that do not fit, or a rank
+            out of its range.
 
-    Cost, Gradients: those of `add_low_rank`.
+    Cost, Gradients: as `add_low_rank`.
 
-    Accuracy: exact to rounding of the larger of the matrix and the new columns. Where the columns
-        that go held all but 1e-3 of the norm, what is left has lost as many digits.
+    Accuracy: exact to rounding of the larger of the matrix and the new columns. Loses
+        relative accuracy if the replaced columns dominate: if they hold all of the norm
+        except 1e-3, three digits are lost.
 
     Example:
         >>> import jax.numpy as jnp, jlora
         >>> svd = jlora.truncated_svd(jnp.diag(jnp.array([3.0, 2.0])), 2)
-        >>> jlora.updates.replace_columns(svd, [0], jnp.array([[5.0], [0.0]])).s.round(4).tolist()
+        >>> c = jnp.array([[5.0], [0.0]])
+        >>> jlora.updates.replace_columns(svd, [0], c).s.round(4).tolist()
         [5.0, 2.0]
     """
     u, s, vt = check_svd(svd)
@@ -98,38 +129,36 @@ def replace_columns(svd, columns, c, *, rank=None):
     n = vt.shape[-1]
     indices = _checks.check_columns(columns, n)
     k = len(indices)
-    _checks.check_shape(
-        c.shape, (*u.shape[:-1], k), "c", "rows of svd.u, a column for each"
-    )
+    meaning = "rows of svd.u, a column for each"
+    _checks.check_shape(c.shape, (*u.shape[:-1], k), "c", meaning)
+
     u, s, vt, c = to_compute(u, s, vt, c)
     difference = c - matmul(u * s[..., None, :], vt[..., indices])
-    places = jnp.zeros((k, n), vt.dtype).at[jnp.arange(k), indices].set(1)
-    places = jnp.broadcast_to(places, (*vt.shape[:-2], k, n))
-    return add_low_rank(SVD(u, s, vt), difference, places, rank=rank)
+    selection = jnp.zeros((k, n), vt.dtype).at[jnp.arange(k), indices].set(1)
+    selection = jnp.broadcast_to(selection, (*vt.shape[:-2], k, n))
+    return add_low_rank(SVD(u, s, vt), difference, selection, rank=rank)
 
 
-def remove_columns(svd, columns):
-    """Return the SVD of the matrix of an SVD without some of its columns.
-
-    Shapes: m, n rows and columns, r the rank of the SVD, k columns removed.
+def remove_columns(svd: SVD, columns: Columns) -> SVD:
+    """Return the SVD of the matrix of the given SVD without some of its columns.
 
     Args:
         svd: `SVD` of u [..., m, r], s [..., r], vt [..., r, n].
         columns: as in `set_columns`, static, fewer than n.
 
     Returns:
-        `SVD` of u [..., m, q], s [..., q], vt [..., q, n - k], q = min(r, n - k), in the compute
-        dtype. Singular values that went with the columns are zero.
+        `SVD` of u [..., m, q], s [..., q], vt [..., q, n - k], q = min(r, n - k), in
+        the compute dtype. Singular values that vanish with the columns are zero.
 
     Raises:
         TypeError: arguments of the wrong kind, or indices that are traced.
-        ValueError: an index out of range or named twice, or no column left.
+        ValueError: an index out of range or repeated, or no column remains.
 
     Cost: O((m + n) r²) flops.
 
-    Accuracy: exact to rounding of the matrix that the columns are taken from.
+    Accuracy: exact to rounding of the matrix before the removal.
 
-    Gradients: as those of `recompress`.
+    Gradients: as `recompress`.
 
     Example:
         >>> import jax.numpy as jnp, jlora
@@ -140,16 +169,17 @@ def remove_columns(svd, columns):
     u, s, vt = check_svd(svd)
     n = vt.shape[-1]
     indices = _checks.check_columns(columns, n)
-    if isinstance(indices, jax.core.Tracer):
+    if isinstance(indices, Tracer):
         raise TypeError(
-            "`columns` must be static, got a traced array: the shape of the result depends on "
-            "how many there are. Pass Python integers or a NumPy array."
+            "`columns` must be static, got a traced array: the shape of the result "
+            "depends on how many there are. Pass Python integers or a NumPy array."
         )
     if len(indices) == n:
         raise ValueError(
-            f"`columns` must leave at least one of {n} columns, got all of them. Name fewer."
+            f"`columns` must leave at least one of {n} columns, got all of them. "
+            "Name fewer."
         )
-    left = np.delete(np.arange(n), indices)
-    return decompose_product(
-        u, s[..., None] * vt[..., left], min(s.shape[-1], len(left))
-    )
+
+    kept = np.delete(np.arange(n), indices)
+    rank = min(s.shape[-1], len(kept))
+    return decompose_product(u, s[..., None] * vt[..., kept], rank)

@@ -1,6 +1,9 @@
-"""Products of factors, joined, recompressed, balanced or orthogonalised, never formed."""
+"""Products of factors concatenated, recompressed, balanced, orthogonalised."""
+
+from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +16,9 @@ from jlora._numerics import (
     refuse_derivative,
     to_compute,
 )
+from jlora._types import Array, Float, PRNGKey, Scalar
 from jlora.factorization.core import decompose_core
-from jlora.factorization.iteration import iterate
+from jlora.factorization.iteration import decompose_randomly
 from jlora.factorization.operators import ImplicitProduct
 from jlora.factorization.orthonormal import orthonormalize
 from jlora.factorization.passes import plan_iteration
@@ -22,27 +26,27 @@ from jlora.factorization.sketch import fixed_sketch
 from jlora.factors import SVD, Factors, fix_signs, mask_nonfinite, pad_rank, split_svd
 
 
-def concatenate_factors(factors, weights=None):
-    """Return factors of Σ wᵢ uᵢ vᵢ: several adapters as one, exactly, their ranks added up.
+def concatenate_factors(
+    factors: Sequence[Factors], weights: Sequence[Scalar] | Array | None = None
+) -> Factors:
+    """Return factors of Σ wᵢ uᵢ vᵢ: several adapters as one, exactly.
 
-    Side by side the factors make the sum of the products. The sum of the factors would not: it
-    also has the cross terms uᵢ vⱼ.
-
-    Shapes: m, n rows and columns of every product, kᵢ their ranks, k the sum of these.
+    The ranks add up: side by side the factors stand for the sum of the products. A sum
+    of the factors would add the cross terms uᵢ vⱼ.
 
     Args:
         factors: a sequence of `Factors` of u [..., m, kᵢ], v [..., kᵢ, n].
-        weights: one number for each, Python's or traced, or one array of them. None: ones.
+        weights: one number for each, static or traced, or an array of them. None: ones.
 
     Returns:
-        `Factors` of u [..., m, k], v [..., k, n] in the common compute dtype; the weights are
-        on u.
+        `Factors` of u [..., m, k], v [..., k, n] in the common compute dtype; the
+        weights are on u.
 
     Raises:
         TypeError: an entry that is no pair of factors.
         ValueError: no entry at all, sizes that differ, or another number of weights.
 
-    Cost: that of copying the factors.
+    Cost: a copy of the factors.
 
     Gradients: exact, to the factors and to the weights.
 
@@ -60,45 +64,46 @@ def concatenate_factors(factors, weights=None):
             f"`weights` must hold one number for each of {len(pairs)} factors, "
             f"got {len(weights)}. Leave it out for a plain sum."
         )
-    parts = to_compute(*(part for pair in pairs for part in pair))
+
+    arrays = to_compute(*(array for pair in pairs for array in pair))
     us = [
         u * jnp.asarray(weight, u.dtype)
-        for weight, u in zip(weights, parts[::2], strict=True)
+        for weight, u in zip(weights, arrays[::2], strict=True)
     ]
-    return Factors(jnp.concatenate(us, axis=-1), jnp.concatenate(parts[1::2], axis=-2))
+    u = jnp.concatenate(us, axis=-1)
+    return Factors(u, jnp.concatenate(arrays[1::2], axis=-2))
 
 
-def recompress(factors, rank, *, key=None):
-    """Return the SVD of u @ v cut to `rank`: its best approximation of that rank.
+def recompress(factors: Factors, rank: int, *, key: PRNGKey | None = None) -> SVD:
+    """Return the SVD of u @ v truncated to `rank`: its best approximation.
 
-    u = q₁ r₁ and vᵀ = q₂ r₂, so u v = q₁ (r₁ r₂ᵀ) q₂ᵀ, and the small matrix in the middle has
-    all the singular values. With a key, block Krylov on the product, multiplied factor by
-    factor: much cheaper where the rank of the factors is many times the one kept.
-
-    Shapes: m, n rows and columns of u @ v, k the rank of the factors, r = rank.
+    With u = q₁ r₁ and vᵀ = q₂ r₂, u v = q₁ (r₁ r₂ᵀ) q₂ᵀ, and the small matrix in the
+    middle has all the singular values. With a key it runs block Krylov on the product,
+    multiplied factor by factor, which is much cheaper if the factors have many times
+    the rank that is kept.
 
     Args:
         factors: `Factors` of u [..., m, k], v [..., k, n].
         rank: static, 1 ≤ rank ≤ min(m, n, k).
-        key: one typed PRNG key, consumed, for the randomised way; it is gone only where its
-            basis is narrower than k, about 12 rank. None: the exact way.
+        key: one typed PRNG key, consumed, for the randomised method. It is used only if
+            its basis, about 12 rank wide, is narrower than k. None: the exact method.
 
     Returns:
-        `SVD` of u [..., m, r], s [..., r], vt [..., r, n] in the compute dtype, signs as by
-        `fix_signs`. NaN or Inf in a factor gives NaN for that product.
+        `SVD` of u [..., m, r], s [..., r], vt [..., r, n] in the compute dtype, signs
+        as by `fix_signs`. NaN or Inf in a factor gives NaN for that product.
 
     Raises:
         TypeError: factors, rank or key of the wrong kind.
         ValueError: shapes that do not fit, or `rank` out of its range.
 
-    Cost: O((m + n) k² + k³) flops, memory O((m + n) k); with a key O((m + n) k r) flops. Never
-        an m×n array.
+    Cost: O((m + n) k² + k³) flops, memory O((m + n) k); with a key O((m + n) k r)
+        flops. Never an m×n array.
 
-    Accuracy: exact for factors that differ from the given ones by rounding, however dependent
-        their columns are. With a key that of `randomized_svd`.
+    Accuracy: exact for factors that differ from the given ones by rounding, also for
+        dependent columns. With a key as `randomized_svd`.
 
-    Gradients: exact where the singular values kept are distinct, k ≤ min(m, n), and the factors
-        have full rank. Refused with a key.
+    Gradients: exact where the singular values kept are distinct, k ≤ min(m, n), and the
+        factors have full rank. Refused with a key.
 
     Example:
         >>> import jax, jlora
@@ -120,24 +125,23 @@ def recompress(factors, rank, *, key=None):
     )
 
 
-def balance(factors):
+def balance(factors: Factors) -> Factors:
     """Return factors of the same product with uᵀu = v vᵀ, diagonal and descending.
 
-    The two sides then carry the same norm, which a common learning rate wants.
-
-    Shapes: m, n rows and columns of u @ v, r the rank of the factors.
+    Both sides then have the same norm, which suits a common learning rate.
 
     Args:
         factors: `Factors` of u [..., m, r], v [..., r, n].
 
     Returns:
-        `Factors` of the same shapes in the compute dtype. Columns beyond min(m, n) are zero.
+        `Factors` of the same shapes in the compute dtype. Columns beyond min(m, n) are
+        zero.
 
     Raises:
         TypeError: factors of the wrong kind.
         ValueError: shapes that do not fit.
 
-    Cost: that of `recompress` at full rank.
+    Cost: as `recompress` at full rank.
 
     Gradients: as `recompress`; not finite where the product has a lower rank than r.
 
@@ -153,32 +157,31 @@ def balance(factors):
     return pad_rank(split_svd(decompose_product(u, v, kept)), rank)
 
 
-def orthogonalize_product(factors):
-    """Return factors of the polar factor of u @ v: its singular values made one.
+def orthogonalize_product(factors: Factors) -> Factors:
+    """Return factors of the polar factor of u @ v: all its singular values become one.
 
-    u v = q₁ c q₂ᵀ with a small c, and the polar factor of the product is q₁ polar(c) q₂ᵀ: what
-    Muon's step does to a dense gradient, without the m×n array. Singular values of at most
-    10 eps √k of the largest are made zero: there is no direction to keep.
-
-    Shapes: m, n rows and columns of u @ v, r the rank of the factors.
+    u v = q₁ c q₂ᵀ with a small c, and the polar factor of the product is q₁ polar(c)
+    q₂ᵀ. This is Muon's step on a dense gradient, without the m×n array. Singular values
+    of at most 10 eps √k of the largest become zero, because they have no direction to
+    keep.
 
     Args:
         factors: `Factors` of u [..., m, r], v [..., r, n].
 
     Returns:
-        `Factors` of the same shapes in the compute dtype: u has orthonormal columns and v
-        orthonormal rows, zero where the product has no further singular value.
+        `Factors` of the same shapes in the compute dtype: u has orthonormal columns and
+        v orthonormal rows, zero where the product has no further singular value.
 
     Raises:
         TypeError: factors of the wrong kind.
         ValueError: shapes that do not fit.
 
-    Cost: that of `recompress` at full rank.
+    Cost: as `recompress` at full rank.
 
     Gradients: as `recompress`.
 
-    Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
-        Differs: exact, by the SVD of the small matrix.
+    Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks",
+        2024. Differs: exact, by the SVD of the small matrix.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora
@@ -192,34 +195,46 @@ def orthogonalize_product(factors):
     u, v = _checks.check_factors(factors)
     rank, kept = u.shape[-1], _find_limit(u, v)
     left, s, right = decompose_product(u, v, kept)
-    least = 10 * jnp.finfo(s.dtype).eps * kept**0.5 * s[..., :1]
-    # NaN is not below anything, and stays.
-    gone = (s <= least)[..., None]
-    return pad_rank(
-        Factors(jnp.where(gone.mT, 0, left), jnp.where(gone, 0, right)), rank
-    )
+    threshold = 10 * jnp.finfo(s.dtype).eps * kept**0.5 * s[..., :1]
+    # NaN is not below the threshold, so it stays NaN.
+    is_small = (s <= threshold)[..., None]
+    u, v = jnp.where(is_small.mT, 0, left), jnp.where(is_small, 0, right)
+    return pad_rank(Factors(u, v), rank)
 
 
-def _find_limit(u, v):
+def _find_limit(u: Array, v: Array) -> int:
+    """Return the largest rank of u @ v."""
     return min(u.shape[-2], v.shape[-1], u.shape[-1])
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "num_passes", "block_size"))
-def _recompress_randomly(u, v, key, rank, num_passes, block_size):
+def _recompress_randomly(
+    u: Float[Array, "*batch m k"],
+    v: Float[Array, "*batch k n"],
+    key: PRNGKey,
+    rank: int,
+    num_passes: int,
+    block_size: int,
+) -> SVD:
     u, v = to_compute(u, v)
     scale_u, scale_v = power_of_two_scale(u), power_of_two_scale(v)
     product = ImplicitProduct(u / scale_u, v / scale_v)
-    svd = iterate(product, key, None, rank, num_passes, block_size)
+    svd = decompose_randomly(product, key, None, rank, num_passes, block_size)
     return fix_signs(svd._replace(s=svd.s * scale_u[..., 0] * scale_v[..., 0]))
 
 
 @functools.partial(jax.jit, static_argnames="rank")
-def decompose_product(u, v, rank):
-    """Return the SVD of u @ v cut to `rank`, for u [..., m, k], v [..., k, n]."""
+def decompose_product(
+    u: Float[Array, "*batch m k"], v: Float[Array, "*batch k n"], rank: int
+) -> SVD:
+    """Return the SVD of u @ v truncated to `rank`."""
+    # Orthonormalise both factors.
     u, v = to_compute(u, v)
     scale_u, scale_v = power_of_two_scale(u), power_of_two_scale(v)
     left, part_u = _find_basis(u.mT / scale_u)
     right, part_v = _find_basis(v / scale_v)
+
+    # Decompose the small matrix between the bases, and rotate them.
     core = matmul(part_u.mT, part_v)
     noise = fixed_sketch(rank, core.shape[-1], core.dtype)
     e, s, f = decompose_core(core, rank, noise, is_reduced=False)
@@ -231,8 +246,10 @@ def decompose_product(u, v, rank):
     return mask_nonfinite(fix_signs(svd), is_finite(core))
 
 
-def _find_basis(rows):
-    """Return (basis, part) with rows [..., k, m] = part @ basis; no basis where k ≥ m."""
+def _find_basis(
+    rows: Float[Array, "*batch k m"],
+) -> tuple[Float[Array, "*batch k m"] | None, Float[Array, "*batch k _"]]:
+    """Return (basis, part) with rows = part @ basis, or (None, rows) if k ≥ m."""
     num_rows, size = rows.shape[-2:]
     if num_rows >= size:
         return None, rows
