@@ -45,7 +45,7 @@ from jlora.factors import SVD, Factors, split_svd
 from jlora.lifting import lift, on_merged
 from jlora.rank_selection import allocate_ranks, choose_rank
 from jlora.reconstruction import apply_factors, apply_many, reconstruct, stack_factors
-from jlora.training import fit, init_train, train_step
+from jlora.training import fit, init_train, optimizers, train_step  # noqa: F401
 from jlora.updates import concatenate_factors, recompress, set_columns
 
 __version__ = "0.1.0"

@@ -1,20 +1,21 @@
-"""A tree of weights, some of them adapted: taken apart for training, multiplied, merged."""
+"""`AdaptedWeight`: base + scale * u @ v in the place of a plain array."""
+
+from __future__ import annotations
 
 import dataclasses
 import functools
-import re
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jlora._numerics import common_dtype, matmul
-from jlora.adaptation.paths import fold_path, map_leaves
+from jlora._types import AnyArray, Array, DTypeLike, Float
 from jlora.factors import Factors
-from jlora.layouts import restore_layout, view_matrix
+from jlora.layouts import view_matrix
+from jlora.quantization.registry import read_array
 from jlora.reconstruction.apply import apply_factors
-from jlora.reconstruction.dense import reconstruct
-from jlora.reconstruction.rounding import check_rounding
 
 
 @functools.partial(
@@ -22,218 +23,127 @@ from jlora.reconstruction.rounding import check_rounding
     data_fields=("base", "u", "v", "scale", "core"),
     meta_fields=("trainable", "num_columns", "dtype", "layout", "axes"),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class AdaptedWeight:
-    """A weight as base + scale * u @ v: a pytree node in the place of the plain array.
+    """A weight as base + scale * u @ v, a pytree node in the place of the plain array.
 
-    Seen as a matrix [..., m, n]; the base lies as the weight did, in its own layout. With a core
-    it is base + scale * u @ core @ v.
+    It is read as a matrix [..., m, n] of m inputs and n outputs; the base keeps the
+    layout of the stored weight. With a core it is base + scale * u @ core @ v.
 
-    Shapes: m inputs, n outputs, r rank, ... batch axes.
+    `x @ w` works and is `jlora.linear(x, w)`. Every other operation raises: run a model
+    that transposes, reshapes or slices its weights through `jlora.lift`.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora
-        >>> params = {"w": jnp.ones((4, 3))}
+        >>> params = {"w": jnp.ones((4, 3), jnp.float32)}
         >>> plan = jlora.make_plan(params, jlora.Rule("w", 1))
         >>> w = jlora.adapt(params, plan, key=jax.random.key(0))["w"]
-        >>> w.shape, w.u.shape, w.v.shape
-        ((4, 3), (4, 1), (1, 3))
+        >>> w
+        float32[4,3] = base + scale · u[4,1] @ v[1,3], trainable="v"
+        >>> (jnp.ones((2, 4)) @ w).shape
+        (2, 3)
     """
 
-    base: jax.Array | None  # as the weight, dtype too; None: dropped, w = scale * u @ v
-    u: jax.Array  # [..., m, r] in the compute dtype
-    v: jax.Array  # [..., r, n] in the compute dtype
-    scale: jax.Array  # scalar
-    trainable: str  # "v", "u", "uv", "core" or "s": what is trained
-    num_columns: int | None  # of v, only the last so many columns are trained
+    base: Any  # array as the weight was stored, or None: dropped, w = scale * u @ v
+    u: Float[Array, "*batch m r"]  # in the compute dtype
+    v: Float[Array, "*batch r n"]  # in the compute dtype
+    scale: Float[Array, ""]
+    trainable: str  # "v", "u", "uv", "core" or "s"
+    num_columns: int | None  # only the last so many columns of v are trained
     dtype: np.dtype  # of the weight
-    core: jax.Array | None = (
-        None  # [..., r, r], for part "s" [..., r] of a diagonal; None: none
-    )
+    core: Array | None = None  # [*batch, r, r], or for "s" the diagonal [*batch, r]
     layout: str = "io"  # of the base, see `Rule`
     axes: tuple[int, ...] | None = None  # sizes of the axes in `layout`; None: (m, n)
 
     @property
-    def shape(self):
-        """Shape of the weight it stands for, as it is stored."""
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the stored weight."""
         batch, axes = self.u.shape[:-2], self.axes
         if axes is None:
             return (*batch, self.u.shape[-2], self.v.shape[-1])
-        named = self.layout.count("b")
-        return (*batch[: len(batch) - named], *axes)
+        num_named = self.layout.count("b")
+        return (*batch[: len(batch) - num_named], *axes)
 
     @property
-    def ndim(self):
-        """Number of axes of the weight it stands for."""
+    def ndim(self) -> int:
+        """Number of axes of the stored weight."""
         return len(self.shape)
 
     @property
-    def factors(self):
-        """The delta's `Factors`, the core multiplied into u, without the scale."""
+    def factors(self) -> Factors:
+        """The delta's `Factors`, with the core multiplied into u, without the scale."""
         if self.core is None:
             return Factors(self.u, self.v)
         if self.trainable == "s":
             return Factors(self.u * self.core[..., None, :], self.v)
         return Factors(matmul(self.u, self.core), self.v)
 
+    def __repr__(self) -> str:
+        base = "" if self.base is None else "base + "
+        names = {"s": "diag(s)", "core": "core"}
+        middle = "" if self.core is None else f"{names[self.trainable]} @ "
 
-def split_trainable(adapted, *, also_train=None):
-    """Return (trainable, frozen): two trees of one structure, None where the other has a leaf.
-
-    Of an AdaptedWeight the chosen part is trained, for "core" and "s" its core. With `num_columns=k`
-    the trainable tree holds the last k columns of v, and the frozen one the columns before them.
-
-    Args:
-        adapted: tree from `adapt`.
-        also_train: regular expression on the paths of plain floating leaves to train as well
-            (norms, biases, the whole model with ".*"). None: none of them.
-
-    Returns:
-        Two pytrees; `join` is the exact inverse.
-
-    Raises:
-        ValueError: nothing is left to train.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, jlora
-        >>> params = {"w": jnp.ones((4, 3))}
-        >>> plan = jlora.make_plan(params, jlora.Rule("w", 1))
-        >>> trainable, frozen = jlora.split_trainable(
-        ...     jlora.adapt(params, plan, key=jax.random.key(0)))
-        >>> [leaf.shape for leaf in jax.tree.leaves(trainable)]
-        [(1, 3)]
-    """
-    trained = map_leaves(
-        functools.partial(_is_trained, also_train), adapted, is_leaf=is_adapted
-    )
-    trainable = jax.tree.map(_take_trainable, trained, adapted, is_leaf=is_adapted)
-    frozen = jax.tree.map(_take_frozen, trained, adapted, is_leaf=is_adapted)
-    if not jax.tree.leaves(trainable):
-        raise ValueError(
-            "`adapted` must hold something to train, got no adapted weight. "
-            "Call jlora.adapt first, or name plain leaves with also_train."
+        columns = ""
+        if self.num_columns is not None:
+            columns = f", num_columns={self.num_columns}"
+        layout = "" if self.layout == "io" else f', layout="{self.layout}"'
+        return (
+            f"{self._describe_array()} = {base}scale · u{_describe_shape(self.u)} @ "
+            f"{middle}v{_describe_shape(self.v)}, "
+            f'trainable="{self.trainable}"{columns}{layout}'
         )
-    return trainable, frozen
+
+    def _describe_array(self) -> str:
+        # A half of `split_trainable` has no u or no v, and so no shape.
+        is_whole = all(hasattr(part, "shape") for part in (self.u, self.v))
+        sizes = ",".join(map(str, self.shape)) if is_whole else "..."
+        return f"{np.dtype(self.dtype).name}[{sizes}]"
+
+    # `x @ w` is the product; all else is refused in one sentence. NumPy asks
+    # __array_ufunc__ for its operators and functions, JAX asks __jax_array__.
+
+    def __rmatmul__(self, x: AnyArray) -> Array:
+        return linear(jnp.asarray(x), self)
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs) -> Array:
+        is_product = ufunc is np.matmul and method == "__call__" and not kwargs
+        if is_product and inputs[1] is self and inputs[0] is not self:
+            return linear(jnp.asarray(inputs[0]), self)
+        _refuse(f"np.{ufunc.__name__}(...)")
+
+    def __array__(self, *args, **kwargs) -> NoReturn:
+        _refuse("a conversion to an array")
+
+    def __jax_array__(self) -> _RefusedArray:
+        return _RefusedArray()
+
+    @property
+    def T(self) -> NoReturn:  # noqa: N802 (the name of the attribute of arrays)
+        """Raises; see `AdaptedWeight`."""
+        _refuse("w.T")
+
+    @property
+    def mT(self) -> NoReturn:  # noqa: N802
+        """Raises; see `AdaptedWeight`."""
+        _refuse("w.mT")
 
 
-def join(trainable, frozen):
-    """Return the tree that `split_trainable` took apart, bit for bit.
+def linear(x: Float[AnyArray, ...], w: Any) -> Array:
+    """Return x @ w for a plain weight or an `AdaptedWeight`.
 
-    Args:
-        trainable, frozen: the two trees.
-
-    Returns:
-        The adapted tree.
-
-    Raises:
-        ValueError: the trees do not have one structure.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, jlora
-        >>> params = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
-        >>> plan = jlora.make_plan(params, jlora.Rule("w", 1, num_columns=2))
-        >>> adapted = jlora.adapt(params, plan, key=jax.random.key(0))
-        >>> jlora.join(*jlora.split_trainable(adapted))["w"].v.shape
-        (1, 3)
-    """
-    return jax.tree.map(_join_leaf, trainable, frozen, is_leaf=_is_none_or_adapted)
-
-
-def merge(adapted, *, rounding="nearest", key=None):
-    """Return the tree of plain weights, base + scale * u @ v in each weight's own dtype.
-
-    Args:
-        adapted: tree from `adapt`.
-        rounding: static, how the sums become bfloat16 or float16, see `reconstruct`: "nearest",
-            "stochastic" or "compensated". Weights of other dtypes are rounded to the nearest.
-        key: one typed PRNG key for "stochastic", consumed; folded with each path. None: for the
-            others.
-
-    Returns:
-        The tree that `adapt` was given, in structure, layouts and dtypes; NumPy arrays where the
-        bases are. With rounding="compensated" a `CompensatedWeight` in place of each adapted
-        weight of 16 bits.
-
-    Raises:
-        TypeError, ValueError: a key or a rounding as `reconstruct` refuses it.
-
-    Cost: one pass over each adapted weight.
-
-    Accuracy: summed in at least float32, rounded once.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, jlora
-        >>> params = {"w": jnp.ones((4, 3), jnp.bfloat16)}
-        >>> plan = jlora.make_plan(params, jlora.Rule("w", 1, init="lora"))
-        >>> jlora.merge(jlora.adapt(params, plan, key=jax.random.key(0)))["w"].dtype
-        dtype(bfloat16)
-    """
-    check_rounding(rounding, key, jnp.dtype(jnp.bfloat16))
-
-    def merge_leaf(path, leaf):
-        if not is_adapted(leaf):
-            return leaf
-        if jnp.finfo(leaf.dtype).bits != 16:
-            return merge_weight(leaf)
-        own_key = None if key is None else fold_path(key, path)
-        return merge_weight(leaf, rounding=rounding, key=own_key)
-
-    return map_leaves(merge_leaf, adapted, is_leaf=is_adapted)
-
-
-def merge_weight(weight, **settings):
-    """Return one `AdaptedWeight` as a plain array in its own layout."""
-    matrix, factors, is_turned = view_stored(weight)
-    dtype = jax.dtypes.canonicalize_dtype(weight.dtype)
-    merged = reconstruct(factors, matrix, scale=weight.scale, dtype=dtype, **settings)
-
-    def restore(part):
-        part = (
-            part.reshape(weight.shape)
-            if is_turned
-            else restore_layout(part, weight.layout, weight.shape)
-        )
-        is_on_host = isinstance(weight.base, np.ndarray) and not isinstance(
-            part, jax.core.Tracer
-        )
-        return np.array(part, weight.dtype) if is_on_host else part
-
-    return jax.tree.map(restore, merged)
-
-
-def view_stored(weight):
-    """Return (base, factors, is_turned): matrices of one orientation, at best without moving any.
-
-    A weight that is stored outputs first is taken as the transpose of its view: its factors are
-    turned, which costs nothing beside turning the base.
-    """
-    u, v = weight.factors
-    kinds = weight.layout.lstrip("b")
-    is_turned = kinds == "o" * kinds.count("o") + "i" * kinds.count("i")
-    if is_turned:
-        u, v = v.mT, u.mT
-    base = weight.base
-    if base is not None:
-        shape = (*u.shape[:-1], v.shape[-1])
-        base = base.reshape(shape) if is_turned else view_matrix(base, weight.layout)
-    return base, Factors(u, v), is_turned
-
-
-def linear(x, w):
-    """Return x @ w for a plain weight or an AdaptedWeight.
-
-    A model that multiplies its weights with this runs on the plain and on the adapted tree. One
-    that does not can be run through `lift`.
+    A model that multiplies its weights with this, or with `@`, runs on the plain and on
+    the adapted tree. Run any other model through `lift`.
 
     Args:
-        x: [..., t, m] activations.
-        w: [..., m, n] array, or `AdaptedWeight` of that shape, in the layout "io".
+        x: activations [..., t, m].
+        w: [..., m, n] array, or an `AdaptedWeight` of that shape in the layout "io".
 
     Returns:
         [..., t, n] in the common dtype of x and the weight.
 
     Raises:
-        TypeError, ValueError: as `apply_factors`; an adapted weight of another layout.
+        TypeError, ValueError: as `apply_factors`, or an adapted weight of another
+            layout.
 
     Example:
         >>> import jax.numpy as jnp, jlora
@@ -244,63 +154,143 @@ def linear(x, w):
         return jnp.matmul(x, w)
     if w.layout.lstrip("b") != "io":
         raise ValueError(
-            f"`w` must have the layout 'io' to be multiplied by linear, got {w.layout!r}. "
-            "Run the model through jlora.lift."
+            "`w` must have the layout 'io' to be multiplied by linear, got "
+            f"{w.layout!r}. Run the model through jlora.lift."
         )
-    y = apply_factors(x, w.factors, w.base, scale=w.scale, num_columns=w.num_columns)
-    return y.astype(common_dtype(x.dtype, w.dtype))
+
+    dtype = common_dtype(x.dtype, w.dtype)
+    base = None if w.base is None else read_base(w)
+    y = apply_factors(x, w.factors, base, scale=w.scale, num_columns=w.num_columns)
+    return y.astype(dtype)
 
 
-def is_adapted(leaf):
+def read_base(weight: AdaptedWeight, dtype: DTypeLike | None = None) -> Any:
+    """Return the base of a weight as a plain array in the layout it is stored in.
+
+    Every reader of a base calls this, so that a base may be an array of any registered
+    type, such as a quantised one.
+
+    Args:
+        weight: one with a base.
+        dtype: of the result. None: the dtype of the weight.
+
+    Returns:
+        Array in the shape and layout of the stored weight.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> params = {"w": jnp.ones((4, 3))}
+        >>> plan = jlora.make_plan(params, jlora.Rule("w", 1, init="lora"))
+        >>> adapted = jlora.adapt(params, plan, key=jax.random.key(0))
+        >>> jlora.adaptation.read_base(adapted["w"]).shape
+        (4, 3)
+    """
+    return read_array(weight.base, dtype)
+
+
+class MatrixView(NamedTuple):
+    """Base and factors of a weight as matrices of one orientation."""
+
+    base: Any  # [..., m, n], or [..., n, m] if transposed; None: no base
+    factors: Factors
+    is_transposed: bool
+
+
+def view_matrices(weight: AdaptedWeight) -> MatrixView:
+    """Return base and factors as matrices, without copying the base if possible.
+
+    For a weight stored as [outputs, inputs] we transpose the factors, which are small,
+    instead of the base.
+    """
+    u, v = weight.factors
+    kinds = weight.layout.lstrip("b")
+    is_transposed = kinds == "o" * kinds.count("o") + "i" * kinds.count("i")
+    if is_transposed:
+        u, v = v.mT, u.mT
+    if weight.base is None:
+        return MatrixView(None, Factors(u, v), is_transposed)
+
+    base = read_base(weight)
+    if is_transposed:
+        base = base.reshape((*u.shape[:-1], v.shape[-1]))
+    else:
+        base = view_matrix(base, weight.layout)
+    return MatrixView(base, Factors(u, v), is_transposed)
+
+
+def is_adapted(leaf: Any) -> bool:
+    """Return whether a leaf of a tree is an `AdaptedWeight`."""
     return isinstance(leaf, AdaptedWeight)
 
 
-def _is_none_or_adapted(leaf):
-    return leaf is None or is_adapted(leaf)
-
-
-def _is_trained(also_train, path, leaf):
-    if is_adapted(leaf):
-        return True
-    is_float = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
-    return (
-        also_train is not None and is_float and re.search(also_train, path) is not None
+def _refuse(operation: str) -> NoReturn:
+    raise TypeError(
+        f"`w` must be used as `x @ w`, got {operation} on an AdaptedWeight. Run the "
+        "model through jlora.lift, or rebuild the weights with jlora.merge."
     )
 
 
-def _take_trainable(trained, leaf):
-    if not is_adapted(leaf):
-        return leaf if trained else None
-    u, v, core = leaf.u, leaf.v[..., _first_trained_column(leaf) :], leaf.core
-    taken = {"u": {"u": u}, "v": {"v": v}, "uv": {"u": u, "v": v}}.get(
-        leaf.trainable, {"core": core}
-    )
-    nothing = dict.fromkeys(("base", "u", "v", "scale", "core"))
-    return dataclasses.replace(leaf, **nothing | taken)
+class _RefusedArray:
+    """Stands for a weight that a function of JAX asked for, and raises when looked at.
+
+    `jax.Array @ w` asks too; it does not look, and calls `AdaptedWeight.__rmatmul__`.
+    """
+
+    def __getattr__(self, name: str) -> NoReturn:
+        _refuse("a function of JAX")
+
+    def __repr__(self) -> str:
+        # JAX prints an argument that is no array.
+        _refuse("a function of JAX")
 
 
-def _take_frozen(trained, leaf):
-    if not is_adapted(leaf):
-        return None if trained else leaf
-    if leaf.trainable in ("core", "s"):
-        return dataclasses.replace(leaf, core=None)
-    u = None if "u" in leaf.trainable else leaf.u
-    v = leaf.v
-    if "v" in leaf.trainable:
-        first = _first_trained_column(leaf)
-        v = leaf.v[..., :first] if first else None
-    return dataclasses.replace(leaf, u=u, v=v)
+def _make_refusal(example: str):
+    def operator(self, *args, **kwargs) -> NoReturn:
+        _refuse(example)
+
+    return operator
 
 
-def _first_trained_column(leaf):
-    return 0 if leaf.num_columns is None else leaf.v.shape[-1] - leaf.num_columns
+_REFUSED = {
+    "__matmul__": "w @ x",
+    "__add__": "w + x",
+    "__radd__": "x + w",
+    "__sub__": "w - x",
+    "__rsub__": "x - w",
+    "__mul__": "w * x",
+    "__rmul__": "x * w",
+    "__truediv__": "w / x",
+    "__rtruediv__": "x / w",
+    "__floordiv__": "w // x",
+    "__rfloordiv__": "x // w",
+    "__mod__": "w % x",
+    "__rmod__": "x % w",
+    "__pow__": "w ** x",
+    "__rpow__": "x ** w",
+    "__neg__": "-w",
+    "__pos__": "+w",
+    "__abs__": "abs(w)",
+    "__lt__": "w < x",
+    "__le__": "w <= x",
+    "__gt__": "w > x",
+    "__ge__": "w >= x",
+    "__getitem__": "w[...]",
+    "__iter__": "iteration",
+    "__len__": "len(w)",
+    "__float__": "float(w)",
+    "__int__": "int(w)",
+    "astype": "w.astype(...)",
+    "reshape": "w.reshape(...)",
+    "transpose": "w.transpose(...)",
+    "sum": "w.sum(...)",
+    "mean": "w.mean(...)",
+    "dot": "w.dot(...)",
+}
+
+for _name, _example in _REFUSED.items():
+    setattr(AdaptedWeight, _name, _make_refusal(_example))
 
 
-def _join_leaf(trainable, frozen):
-    if not is_adapted(frozen):
-        return frozen if trainable is None else trainable
-    u = frozen.u if trainable.u is None else trainable.u
-    core = frozen.core if trainable.core is None else trainable.core
-    halves = [v for v in (frozen.v, trainable.v) if v is not None]
-    v = halves[0] if len(halves) == 1 else jnp.concatenate(halves, axis=-1)
-    return dataclasses.replace(frozen, u=u, v=v, core=core)
+def _describe_shape(array: Any) -> str:
+    shape = getattr(array, "shape", None)
+    return "[...]" if shape is None else f"[{','.join(map(str, shape))}]"

@@ -1,7 +1,11 @@
-"""What adapting and training did to each weight, in numbers and as a table."""
+"""The effect of adapting and training on each weight, in numbers and as a table."""
+
+from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +13,18 @@ import numpy as np
 
 from jlora import _checks
 from jlora._numerics import frobenius_norm, matmul, safe_divide, to_compute
-from jlora.adaptation.adapted_weight import is_adapted
+from jlora._types import AnyArray, Array, Float, Int, PRNGKey, Tree
+from jlora.adaptation.adapted_weight import AdaptedWeight, is_adapted, read_base
 from jlora.adaptation.paths import fold_path, list_leaves
-from jlora.adaptation.plan import format_table
+from jlora.adaptation.tables import format_table
 from jlora.factorization.svd import randomized_svd
 from jlora.factors import Factors
 from jlora.layouts import view_matrix
+from jlora.quantization.registry import read_array
 from jlora.reconstruction.dense import reconstruct
 
-# A direction of the new weight is an intruder if no old one comes nearer than this: 2410.21228.
+# A new direction whose cosine with every old one is below this is an intruder
+# (Shuttleworth et al. 2024).
 _INTRUDER_COSINE = 0.5
 _COLUMNS = {
     "rank": "{:d}",
@@ -32,7 +39,7 @@ _COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """One row a matrix, in arrays of one length; prints as a table.
+    """One entry for each matrix, in arrays of one length; prints as a table.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora
@@ -40,66 +47,64 @@ class Diagnosis:
         >>> plan = jlora.make_plan(params, jlora.Rule("w", 1))
         >>> adapted = jlora.adapt(params, plan, key=jax.random.key(0))
         >>> found = jlora.diagnose(params, adapted, key=jax.random.key(1))
-        >>> print(str(found).splitlines()[0])
-        path  rank  energy_captured  residual  stable_rank  change    angle  num_intruders
-        >>> print(found.paths, f"{found.energy_captured[0]:.4f} {found.stable_rank[0]:.2f}")
-        ('w',) 0.8000 1.25
+        >>> print(*str(found).split()[:5])
+        path rank energy_captured residual stable_rank
+        >>> print(found.energy_captured.round(4), found.stable_rank.round(2))
+        [0.8] [1.25]
     """
 
-    paths: tuple[str, ...]  # with the place in a stack, "layers/q[3]"
-    rank: np.ndarray  # int, of the factors
-    energy_captured: np.ndarray  # part of ‖w‖² that the factors hold, 1 - residual²
-    residual: (
-        np.ndarray
-    )  # ‖w - s u v‖ / ‖w‖; above 1 where the factors point away from w
-    stable_rank: np.ndarray  # ‖w‖² / σ₁²
-    change: (
-        np.ndarray
-    )  # ‖w_new - w‖ / ‖w‖: how far the weight has moved, rounding included
-    angle: (
-        np.ndarray
-    )  # degrees, the largest between the leading left subspaces, old and new
-    num_intruders: (
-        np.ndarray
-    )  # int, leading new directions that no leading old one is near to
+    paths: tuple[str, ...]  # with the index in a stack, "layers/q[3]"
+    rank: Int[np.ndarray, " k"]  # of the factors
+    energy_captured: Float[
+        np.ndarray, " k"
+    ]  # share of ‖w‖² in the factors, 1 - residual²
+    residual: Float[np.ndarray, " k"]  # ‖w - s u v‖ / ‖w‖; above 1: factors oppose w
+    stable_rank: Float[np.ndarray, " k"]  # ‖w‖² / σ₁²
+    change: Float[np.ndarray, " k"]  # ‖w_new - w‖ / ‖w‖, rounding included
+    angle: Float[
+        np.ndarray, " k"
+    ]  # degrees, largest between old and new leading subspaces
+    num_intruders: Int[np.ndarray, " k"]  # leading new directions far from all old ones
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = [("path", *_COLUMNS)]
         for i, path in enumerate(self.paths):
-            cells = (
-                style.format(getattr(self, name)[i]) for name, style in _COLUMNS.items()
-            )
+            cells = (style.format(getattr(self, c)[i]) for c, style in _COLUMNS.items())
             rows.append((path, *cells))
         return "\n".join(format_table(rows))
 
 
-def diagnose(params, adapted, *, key, num_directions=10):
-    """Return the `Diagnosis` of each adapted weight against what it was.
+def diagnose(
+    params: Tree, adapted: Tree, *, key: PRNGKey, num_directions: int = 10
+) -> Diagnosis:
+    """Return the `Diagnosis` of each adapted weight against the original.
 
     Args:
         params: the tree of plain weights before adapting.
         adapted: the tree from `adapt`, before or after training.
-        key: one typed PRNG key, consumed; folded with each path.
-        num_directions: static, leading singular directions that are compared; fewer where min(m,
-            n) is smaller, and not less than 1.
+        key: one typed PRNG key, consumed; folded with each path and each index in a
+            stack.
+        num_directions: static, ≥ 1, leading singular directions to compare; fewer where
+            min(m, n) is smaller.
 
     Returns:
-        `Diagnosis`. Right after adapting `change` is what rounding the base has cost.
+        `Diagnosis`. Right after adapting `change` is the rounding error of the base.
 
     Raises:
         TypeError: arguments of the wrong kind.
-        ValueError: a weight that is not in `params`, or in another shape (with the path).
+        ValueError: a weight that is not in `params`, or has another shape there (with
+            the path).
 
-    Cost: for each matrix two decompositions of rank num_directions, see `randomized_svd`, and the
-        memory of two matrices.
+    Cost: for each matrix two decompositions of rank num_directions, see
+        `randomized_svd`, and the memory of two matrices.
 
-    Accuracy: norms to rounding; angles to that of `randomized_svd`. An intruder is a leading left
-        singular vector of the new weight whose cosine with each of the leading old ones is below
-        1/2.
+    Accuracy: norms to rounding, angles as `randomized_svd`. An intruder is a leading
+        left singular vector of the new weight whose cosine with each of the leading old
+        ones is below 1/2.
 
-    Source: Shuttleworth, Andreas, Torralba, Sharma, "LoRA vs full fine-tuning: an illusion of
-        equivalence", 2024. Differs: a new direction is held against the 2 num_directions leading
-        old ones, not against all.
+    Source: Shuttleworth, Andreas, Torralba, Sharma, "LoRA vs full fine-tuning: an
+        illusion of equivalence", 2024. Differs: we compare a new direction with the 2
+        num_directions leading old ones instead of all of them.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora
@@ -112,68 +117,100 @@ def diagnose(params, adapted, *, key, num_directions=10):
     """
     _checks.check_key(key)
     num_directions = _checks.check_integer(num_directions, "num_directions")
+
     plain = dict(list_leaves(params))
     rows = []
     for path, leaf in list_leaves(adapted, is_leaf=is_adapted):
         if is_adapted(leaf):
-            rows += _diagnose_leaf(
-                path, plain.get(path), leaf, fold_path(key, path), num_directions
-            )
+            w = _check_plain(path, plain.get(path), leaf)
+            own_key = fold_path(key, path)
+            rows += _diagnose_weight(path, w, leaf, own_key, num_directions)
     if not rows:
         raise ValueError(
             "`adapted` must hold an adapted weight, got none. Call jlora.adapt first."
         )
-    paths, numbers = zip(*rows, strict=True)
-    columns = zip(*jax.device_get(numbers), strict=True)
-    return Diagnosis(paths, *(np.asarray(column) for column in columns))
+
+    paths, ranks, measures = zip(*rows, strict=True)
+    columns = zip(*jax.device_get(measures), strict=True)
+    return Diagnosis(paths, np.asarray(ranks), *(np.asarray(c) for c in columns))
 
 
-def _diagnose_leaf(path, w, leaf, key, num_directions):
-    """Return [(name, numbers)] of the matrices of a weight."""
+class _Measures(NamedTuple):
+    """The measures of one matrix, in the order of `Diagnosis`."""
+
+    energy_captured: Float[Array, ""]
+    residual: Float[Array, ""]
+    stable_rank: Float[Array, ""]
+    change: Float[Array, ""]
+    angle: Float[Array, ""]
+    num_intruders: Int[Array, ""]
+
+
+def _check_plain(path: str, w: Any, leaf: AdaptedWeight) -> AnyArray:
     if w is None or tuple(w.shape) != leaf.shape:
         found = "none" if w is None else tuple(w.shape)
         raise ValueError(
-            f"{path}: `params` must hold this weight in shape {leaf.shape}, got {found}. "
-            "Pass the tree that adapt was given."
+            f"{path}: `params` must hold this weight in shape {leaf.shape}, got "
+            f"{found}. Pass the tree that adapt was given."
         )
-    w = view_matrix(w, leaf.layout)
-    base = None if leaf.base is None else view_matrix(leaf.base, leaf.layout)
-    factors = leaf.factors
-    rank, num_directions = leaf.u.shape[-1], min(num_directions, *w.shape[-2:])
-    rows = []
-    for index in np.ndindex(w.shape[:-2]):
-        parts = [
-            None if part is None else jnp.asarray(part[index])
-            for part in (w, base, *factors)
-        ]
-        numbers = _compare(*parts, leaf.scale, key, num_directions)
-        rows.append(
-            (
-                f"{path}[{', '.join(map(str, index))}]" if index else path,
-                (rank, *numbers),
-            )
+    return view_matrix(read_array(w), leaf.layout)
+
+
+def _diagnose_weight(
+    path: str, w: AnyArray, leaf: AdaptedWeight, key: PRNGKey, num_directions: int
+) -> Iterator[tuple[str, int, _Measures]]:
+    """Yield (name, rank, measures) of each matrix of a weight."""
+    base = None if leaf.base is None else view_matrix(read_base(leaf), leaf.layout)
+    u, v = leaf.factors
+    num_directions = min(num_directions, *w.shape[-2:])
+
+    for number, index in enumerate(np.ndindex(w.shape[:-2])):
+        own_key = jax.random.fold_in(key, number) if index else key
+        measures = _compare(
+            jnp.asarray(w[index]),
+            None if base is None else jnp.asarray(base[index]),
+            Factors(u[index], v[index]),
+            leaf.scale,
+            own_key,
+            num_directions,
         )
-    return rows
+        name = f"{path}[{', '.join(map(str, index))}]" if index else path
+        yield name, leaf.u.shape[-1], measures
 
 
 @functools.partial(jax.jit, static_argnames="k")
-def _compare(w, base, u, v, scale, key, k):
-    """Return the numbers of one matrix, in the order of `Diagnosis`."""
+def _compare(
+    w: Float[Array, "m n"],
+    base: Float[Array, "m n"] | None,
+    factors: Factors,
+    scale: Float[Array, ""],
+    key: PRNGKey,
+    k: int,
+) -> _Measures:
+    """Return the measures of one matrix."""
     w = to_compute(w)
-    new = reconstruct(Factors(u, v), base, scale=scale, dtype=w.dtype)
-    left = reconstruct(Factors(u, v), w, scale=-scale)
-    norm = frobenius_norm(w)
-    residual = safe_divide(frobenius_norm(left), norm)
-    change = safe_divide(frobenius_norm(new - w), norm)
     old_key, new_key = jax.random.split(key)
+    new = reconstruct(factors, base, scale=scale, dtype=w.dtype)
+    remainder = reconstruct(factors, w, scale=-scale)
+
+    norm = frobenius_norm(w)
+    residual = safe_divide(frobenius_norm(remainder), norm)
+    change = safe_divide(frobenius_norm(new - w), norm)
+
+    # Compare the leading left singular vectors, old and new.
     old = randomized_svd(w, min(2 * k, *w.shape), key=old_key)
     directions = randomized_svd(new, k, key=new_key).u
     stable_rank = safe_divide(norm, old.s[0]) ** 2
     cosines = matmul(old.u.T, directions)
-    num_intruders = jnp.sum(jnp.max(jnp.abs(cosines), axis=0) < _INTRUDER_COSINE)
-    # From the sine too: the cosine alone tells nothing of angles below a hundredth of a degree.
+    is_intruder = jnp.max(jnp.abs(cosines), axis=0) < _INTRUDER_COSINE
+
+    # The cosine loses angles below a hundredth of a degree, so we use the sine too.
     outside = directions - matmul(old.u[:, :k], cosines[:k])
     sine = jnp.linalg.norm(outside, 2)
     cosine = jnp.min(jnp.linalg.svd(cosines[:k], compute_uv=False))
     angle = jnp.degrees(jnp.arctan2(sine, cosine))
-    return 1 - residual**2, residual, stable_rank, change, angle, num_intruders
+
+    num_intruders = jnp.sum(is_intruder)
+    return _Measures(
+        1 - residual**2, residual, stable_rank, change, angle, num_intruders
+    )

@@ -1,46 +1,73 @@
 """The leaves of a tree of weights, by path."""
 
+from __future__ import annotations
+
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jlora._types import PRNGKey, Tree
+from jlora.quantization.registry import is_registered
 
-def list_leaves(params, is_leaf=None):
-    """Return [(path, leaf)] of a pytree; a path joins its keys with "/"."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
+
+def list_leaves(
+    params: Tree, is_leaf: Callable[[Any], bool] | None = None
+) -> list[tuple[str, Any]]:
+    """Return [(path, leaf)] of a pytree; a path joins its keys with "/".
+
+    Arrays of a registered type are leaves.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, _stop_at_arrays(is_leaf))
     return [(format_path(path), leaf) for path, leaf in leaves]
 
 
-def map_leaves(fn, params, is_leaf=None):
-    """Return the tree with fn(path, leaf) in place of each leaf."""
+def map_leaves(
+    fn: Callable[[str, Any], Any],
+    params: Tree,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> Tree:
+    """Return the tree with fn(path, leaf) in place of each leaf of `list_leaves`."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: fn(format_path(path), leaf), params, is_leaf=is_leaf
+        lambda path, leaf: fn(format_path(path), leaf),
+        params,
+        is_leaf=_stop_at_arrays(is_leaf),
     )
 
 
-def format_path(path):
+def format_path(path: tuple) -> str:
+    """Return the keys of a path, joined with "/"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def fold_path(key, path):
-    """Return a key of this path's own: by its name, so that other paths change nothing."""
+def fold_path(key: PRNGKey, path: str) -> PRNGKey:
+    """Return the key of one path: other paths in the tree do not change it."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
-def why_not_a_matrix(leaf, layout="io"):
+def why_not_a_matrix(leaf: Any, layout: str = "io") -> str | None:
     """Return why a leaf cannot be factorised, or None if it can."""
     if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
         return f"is a {type(leaf).__name__}, not an array"
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return f"has dtype {leaf.dtype}, not a real floating one"
+
     shape = tuple(leaf.shape)
     if len(shape) < len(layout):
-        number = {2: "two", 3: "three", 4: "four", 5: "five"}.get(
-            len(layout), len(layout)
-        )
+        numbers = {2: "two", 3: "three", 4: "four", 5: "five"}
+        number = numbers.get(len(layout), len(layout))
         named = "" if layout == "io" else f" (layout {layout!r})"
         return f"has shape {shape}, fewer than {number} axes{named}"
     if 0 in shape:
         return f"has shape {shape}, no elements"
     return None
+
+
+def _stop_at_arrays(
+    is_leaf: Callable[[Any], bool] | None,
+) -> Callable[[Any], bool]:
+    if is_leaf is None:
+        return is_registered
+    return lambda node: is_leaf(node) or is_registered(node)

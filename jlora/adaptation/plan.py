@@ -1,20 +1,26 @@
-"""Which weights are adapted, and how: a static, hashable plan."""
+"""`make_plan`: which weights are adapted, and how, as a static, hashable value."""
+
+from __future__ import annotations
 
 import dataclasses
 import difflib
 import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from jlora import _checks
+from jlora._types import PRNGKey, Tree
+from jlora.adaptation.data import find_data, list_data
 from jlora.adaptation.paths import fold_path, list_leaves, why_not_a_matrix
 from jlora.adaptation.rank_choice import RankRequest, choose_ranks
 from jlora.adaptation.rule import Rule
-from jlora.initializers.from_weight import INITIALIZATIONS
+from jlora.adaptation.tables import format_table
 from jlora.layouts import complete_layout, matrix_shape
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanEntry:
-    """One weight of a plan: its path and shape, and the rule that it follows, rank and scale set.
+    """One weight of a plan: path, shape, and its rule with rank and scale as numbers.
 
     Example:
         >>> import jax.numpy as jnp, jlora
@@ -28,22 +34,27 @@ class PlanEntry:
     rule: Rule
 
     @property
-    def matrix_shape(self):
+    def rank(self) -> int:
+        """The rank, which is a number in a plan."""
+        assert isinstance(self.rule.rank, int)
+        return self.rule.rank
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
         """[..., m, n], the shape of the weight as a matrix."""
         return matrix_shape(self.shape, self.rule.layout)
 
     @property
-    def num_parameters(self):
-        """Numbers in the factors and between them, batch axes included."""
+    def num_parameters(self) -> int:
+        """Elements of the factors and of the core, batch axes included."""
         *batch, m, n = self.matrix_shape
-        rank = self.rule.rank
-        between = {"core": rank**2, "s": rank}.get(self.rule.trainable, 0)
-        return math.prod(batch) * (rank * (m + n) + between)
+        core = {"core": self.rank**2, "s": self.rank}.get(self.rule.trainable or "", 0)
+        return math.prod(batch) * (self.rank * (m + n) + core)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `adapt` does: static, hashable, printable. Made by `make_plan`.
+    """The weights that `adapt` changes: static, hashable, printable. See `make_plan`.
 
     Example:
         >>> import jax.numpy as jnp, jlora
@@ -53,54 +64,50 @@ class Plan:
     """
 
     entries: tuple[PlanEntry, ...]  # in the order of the tree's leaves
-    skipped: tuple[
-        tuple[str, str], ...
-    ] = ()  # (path, reason) of matched leaves left alone
+    skipped: tuple[tuple[str, str], ...] = ()  # (path, reason) of matches not adapted
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = [("path", "shape", "rank", "parameters", "init", "trainable")]
-        rows += [
-            (
-                e.path,
-                _describe_shape(e),
-                e.rule.rank,
-                e.num_parameters,
-                e.rule.init,
-                _describe_part(e.rule),
-            )
-            for e in self.entries
-        ]
+        rows += [_list_cells(entry) for entry in self.entries]
         lines = format_table(rows)
-        lines += [f"{path}: left alone, it {reason}" for path, reason in self.skipped]
+        lines += [f"{path}: not adapted, it {reason}" for path, reason in self.skipped]
         return "\n".join(lines)
 
 
-def make_plan(params, rules, *, data=None, key=None):
-    """Return the Plan of the first matching rule for each weight of a tree.
+def make_plan(
+    params: Tree,
+    rules: Rule | Sequence[Rule],
+    *,
+    data: Tree | None = None,
+    key: PRNGKey | None = None,
+) -> Plan:
+    """Return the plan of the first matching rule for each weight of a tree.
 
-    Leaves that match but are no matrix (biases, counters) are left alone and named in
-    `Plan.skipped`, as are those whose chosen rank is zero.
+    Leaves that match but are no matrix (biases, counters) are not adapted; they are
+    named in `Plan.skipped`, as are weights whose chosen rank is zero.
 
     Args:
-        params: pytree of arrays: nested dicts, the state of a flax.nnx module (its paths end in
-            "/value"), an Equinox module, a dict of names in a checkpoint. With ranks given as
-            numbers, jax.ShapeDtypeStruct will do.
+        params: pytree of arrays: nested dicts, the state of a flax.nnx module (its
+            paths end in "/value"), an Equinox module, a dict of names in a checkpoint.
+            With ranks given as numbers, jax.ShapeDtypeStruct will do.
         rules: one `Rule` or a sequence; on each path the first match wins.
         data: as in `adapt`; needed here for ranks chosen by it. None: none.
-        key: one typed PRNG key, consumed: a rank with a `maximum` is then chosen from as many
-            leading singular values by `randomized_svd`. None: from all, by a full decomposition.
+        key: one typed PRNG key, consumed: a rank with a `maximum` is then chosen from
+            as many leading singular values by `randomized_svd`. None: from all of them,
+            by a full decomposition.
 
     Returns:
         `Plan`.
 
     Raises:
-        TypeError: something that is not a Rule; traced or abstract weights where a rank is to be
-            chosen by their values.
+        TypeError: an entry of `rules` that is not a Rule; traced or abstract weights
+            where a rank is to be chosen by their values.
         ValueError: a rule that matches no matrix (with the nearest paths), a rank above
-            min(m, n) or columns above n (with the path), a budget that does not cover the
-            minimum ranks, no `data` for a rank that is chosen by it.
+            the initializer's largest or num_columns above n (with the path), a budget
+            that does not cover the minimum ranks, no `data` for a rank chosen by it.
 
-    Cost: nothing for ranks given as numbers; else a decomposition of each weight concerned.
+    Cost: none for ranks given as numbers; else a decomposition of each weight
+        concerned.
 
     Example:
         >>> import jax.numpy as jnp, jlora
@@ -108,158 +115,158 @@ def make_plan(params, rules, *, data=None, key=None):
         >>> [e.path for e in jlora.make_plan(params, jlora.Rule(".*", 2)).entries]
         ['q']
     """
-    rules = (rules,) if isinstance(rules, Rule) else tuple(rules)
-    if not rules:
-        raise ValueError(
-            "`rules` must hold at least one jlora.Rule, got none. Write jlora.Rule(pattern, rank)."
-        )
-    for rule in rules:
-        if not isinstance(rule, Rule):
-            raise TypeError(
-                f"`rules` must hold jlora.Rule objects, got {type(rule).__name__}. "
-                "Write jlora.Rule(pattern, rank)."
-            )
+    checked = _check_rules(rules)
     if key is not None:
         _checks.check_key(key)
+
     leaves = list_leaves(params)
-    matched = [(path, leaf, _first_match(path, rules)) for path, leaf in leaves]
-    matched = [match for match in matched if match[2] is not None]
-    reasons = {
-        path: why_not_a_matrix(leaf, rules[at].layout) for path, leaf, at in matched
-    }
-    _check_every_rule_used(rules, matched, leaves, reasons)
-    usable = [
-        (path, leaf, rules[at]) for path, leaf, at in matched if reasons[path] is None
-    ]
+    matches = _match_leaves(leaves, checked)
+    _check_every_rule_used(checked, matches, leaves)
+
+    usable = [match for match in matches if match.reason is None]
     ranks = _choose_open_ranks(usable, data, key)
     entries = [
-        _make_entry(path, leaf, rule, ranks)
-        for path, leaf, rule in usable
-        if ranks.get(path) != 0
+        _make_entry(match, ranks) for match in usable if ranks.get(match.path) != 0
     ]
-    reasons |= {path: "gets rank 0" for path, rank in ranks.items() if rank == 0}
     if not entries and leaves:
         raise ValueError(
             "`rules` must leave a weight with a rank above 0, got rank 0 for all. "
             "Set `minimum` to 1 or change the rule of the rank."
         )
-    skipped = tuple((path, reason) for path, reason in reasons.items() if reason)
-    return Plan(tuple(entries), skipped)
+
+    skipped = [(m.path, m.reason) for m in matches if m.reason is not None]
+    skipped += [(path, "gets rank 0") for path, rank in ranks.items() if rank == 0]
+    return Plan(tuple(entries), tuple(skipped))
 
 
-def check_data(path, rule, data, shape):
-    """Return what `data` holds for a weight, checked; None for initialisations without."""
-    kind = INITIALIZATIONS[rule.init]
-    wanted = kind.data
-    if wanted is None:
-        return None
-    found = data.get(path)
-    if found is None:
+class _Match(NamedTuple):
+    """A leaf and the first rule that matches its path."""
+
+    path: str
+    leaf: Any
+    index: int  # of the rule
+    rule: Rule
+    reason: str | None  # why the leaf is no matrix; None: it is one
+
+
+def _check_rules(rules: Rule | Sequence[Rule]) -> tuple[Rule, ...]:
+    checked = (rules,) if isinstance(rules, Rule) else tuple(rules)
+    if not checked:
         raise ValueError(
-            f"{path}: `data` must hold an array at this path for init={rule.init!r} ({wanted}), "
-            "got none. Pass data={path: array} or a tree like params."
+            "`rules` must hold at least one jlora.Rule, got none. "
+            "Write jlora.Rule(pattern, rank)."
         )
-    found = _checks.check_floating(found, f"data[{path!r}]")
-    *batch, m, _ = matrix_shape(shape, rule.layout)
-    if kind.data_is_stored:
-        expected = tuple(shape)
-    elif rule.init == "corda":
-        expected = (*batch, m, m)
-    else:
-        expected = (*batch, found.shape[-2] if found.ndim > 1 else 1, m)
-    _checks.check_shape(found.shape, expected, f"data[{path!r}]", wanted)
-    if rule.init == "eva" and rule.has_rank and found.shape[-2] < rule.rank:
+
+    for rule in checked:
+        if not isinstance(rule, Rule):
+            raise TypeError(
+                f"`rules` must hold jlora.Rule objects, got {type(rule).__name__}. "
+                "Write jlora.Rule(pattern, rank)."
+            )
+    return checked
+
+
+def _match_leaves(
+    leaves: list[tuple[str, Any]], rules: tuple[Rule, ...]
+) -> list[_Match]:
+    matches = []
+    for path, leaf in leaves:
+        found = (i for i, rule in enumerate(rules) if rule.matches(path))
+        index = next(found, None)
+        if index is not None:
+            rule = rules[index]
+            reason = why_not_a_matrix(leaf, rule.layout)
+            matches.append(_Match(path, leaf, index, rule, reason))
+    return matches
+
+
+def _check_every_rule_used(
+    rules: tuple[Rule, ...], matches: list[_Match], leaves: list[tuple[str, Any]]
+) -> None:
+    used = {match.index for match in matches if match.reason is None}
+    reasons = {match.path: match.reason for match in matches}
+
+    for index, rule in enumerate(rules):
+        if index in used:
+            continue
+        paths = _sort_by_likeness([path for path, _ in leaves], rule.pattern)
+        named = [_name_path(path, reasons.get(path)) for path in paths]
+        listed = ", ".join(named[:8]) + (", ..." if len(named) > 8 else "")
         raise ValueError(
-            f"{path}: `data` must hold at least rank = {rule.rank} rows of activations, got "
-            f"{found.shape[-2]}. Pass more of them, or lower the rank."
+            "`rules` must each match a matrix that no earlier rule took, got pattern "
+            f"{rule.pattern!r} without one. The nearest paths are: {listed or 'none'}."
         )
-    return found
 
 
-def list_data(data):
-    """Return {path: array} of `data`, a dict of paths or a tree like the parameters."""
-    return {} if data is None else dict(list_leaves(data))
-
-
-def format_table(rows):
-    """Return the lines of a table whose first row is its head."""
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def _first_match(path, rules):
-    return next((at for at, rule in enumerate(rules) if rule.matches(path)), None)
-
-
-def _choose_open_ranks(usable, data, key):
-    data = list_data(data)
-    candidates = []
-    for path, leaf, rule in usable:
-        if not rule.has_rank:
-            found = check_data(path, rule, data, leaf.shape)
-            own_key = None if key is None else fold_path(key, path)
-            candidates.append(RankRequest(path, leaf, rule, found, own_key))
-    return choose_ranks(candidates)
-
-
-def _make_entry(path, leaf, rule, ranks):
-    shape = tuple(leaf.shape)
-    as_matrix = matrix_shape(shape, rule.layout)
-    try:
-        rule = rule.with_rank(ranks[path]) if path in ranks else rule
-        _checks.check_rank(rule.rank, as_matrix)
-        if rule.init == "lora_ga":
-            _checks.check_rank(2 * rule.rank, as_matrix, "2 rank (init='lora_ga')")
-        if rule.num_columns is not None:
-            _checks.check_integer(
-                rule.num_columns, "num_columns", maximum=as_matrix[-1]
-            )
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return PlanEntry(path, shape, rule)
-
-
-def _check_every_rule_used(rules, matched, leaves, reasons):
-    used = {at for path, _, at in matched if reasons[path] is None}
-    for at, rule in enumerate(rules):
-        if at not in used:
-            paths = _sort_by_likeness([path for path, _ in leaves], rule.pattern)
-            named = [_name_leaf(path, reasons.get(path)) for path in paths]
-            listed = ", ".join(named[:8]) + (", ..." if len(named) > 8 else "")
-            raise ValueError(
-                f"`rules` must each match a matrix that no earlier rule took, got pattern "
-                f"{rule.pattern!r} without one. The nearest paths are: {listed or 'none'}."
-            )
-
-
-def _sort_by_likeness(paths, pattern):
-    def measure(path):
+def _sort_by_likeness(paths: list[str], pattern: str) -> list[str]:
+    def measure_likeness(path: str) -> float:
         return difflib.SequenceMatcher(None, pattern, path, autojunk=False).ratio()
 
-    return sorted(paths, key=measure, reverse=True)
+    return sorted(paths, key=measure_likeness, reverse=True)
 
 
-def _name_leaf(path, reason):
+def _name_path(path: str, reason: str | None) -> str:
     return path if reason is None else f"{path} ({reason})"
 
 
-def _describe_shape(entry):
-    """Return the shape as text, and as a matrix where its layout makes another one of it."""
+def _choose_open_ranks(
+    matches: list[_Match], data: Tree | None, key: PRNGKey | None
+) -> dict[str, int]:
+    by_path = list_data(data)
+    requests = []
+    for path, leaf, _, rule, _ in matches:
+        if not rule.has_rank:
+            found = find_data(path, rule, by_path, leaf.shape)
+            own_key = None if key is None else fold_path(key, path)
+            requests.append(RankRequest(path, leaf, rule, found, own_key))
+    return choose_ranks(requests)
+
+
+def _make_entry(match: _Match, ranks: dict[str, int]) -> PlanEntry:
+    path, shape, rule = match.path, tuple(match.leaf.shape), match.rule
+    as_matrix = matrix_shape(shape, rule.layout)
+    m, n = as_matrix[-2:]
+    try:
+        rule = rule.with_rank(ranks[path]) if path in ranks else rule
+        assert isinstance(rule.rank, int)
+        _checks.check_rank(rule.rank, as_matrix)
+        if rule.num_columns is not None:
+            _checks.check_integer(rule.num_columns, "num_columns", maximum=n)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+    entry = PlanEntry(path, shape, rule)
+    limit = rule.initializer.max_rank(m, n)
+    if entry.rank > limit:
+        raise ValueError(
+            f"{path}: `rank` must be at most {limit} for "
+            f"init={rule.initializer.label!r} and a matrix of shape ({m}, {n}), got "
+            f"{entry.rank}. Choose a smaller rank."
+        )
+    return entry
+
+
+def _list_cells(entry: PlanEntry) -> tuple[str, ...]:
+    """Return the cells of an entry's row in the printed plan."""
+    rule = entry.rule
+    trainable = rule.trainable or ""
+    if rule.num_columns is not None:
+        trainable = f"v, last {rule.num_columns} columns"
+
+    numbers = (str(entry.rank), str(entry.num_parameters))
+    return (
+        entry.path,
+        _describe_shape(entry),
+        *numbers,
+        rule.initializer.label,
+        trainable,
+    )
+
+
+def _describe_shape(entry: PlanEntry) -> str:
+    """Return the shape, and the shape as a matrix where the layout changes it."""
     shape = "×".join(map(str, entry.shape))
     if complete_layout(entry.rule.layout, len(entry.shape)).lstrip("b") == "io":
         return shape
     m, n = entry.matrix_shape[-2:]
     return f"{shape} as {m}×{n}"
-
-
-def _describe_part(rule):
-    return (
-        rule.trainable
-        if rule.num_columns is None
-        else f"v, last {rule.num_columns} columns"
-    )

@@ -1,54 +1,127 @@
 """The compiled part of `adapt`: one matrix, or a chunk of them, decomposed."""
 
+from __future__ import annotations
+
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jlora.initializers.from_weight import INITIALIZATIONS
-from jlora.layouts import restore_layout, view_matrix
+from jlora import _checks
+from jlora._numerics import compute_dtype
+from jlora._types import Array, Float, PRNGKey, Scalar
+from jlora.initializers.base import InitialFactors, Initializer
+from jlora.layouts import matrix_shape, restore_layout, view_matrix
 
 
-class How(NamedTuple):
-    """What a compiled program depends on beside shapes and dtypes; hashable."""
+class InitSpec(NamedTuple):
+    """The static argument of a compiled program."""
 
-    init: str
+    initializer: Initializer
     rank: int
-    quantize: object
-    num_rounds: int
-    layout: str  # of one matrix as it is stored, without batch axes
-    moves_base: bool  # whether a base comes out
+    layout: str  # of one stored matrix, without batch axes
 
 
-def start_all(ws, scales, keys, datas, *, how):
-    """Return (base, u, v, core, is_good) of each matrix of a chunk, computed as one batch."""
+class InitializedMatrix(NamedTuple):
+    """The arrays that a program returns for one matrix."""
+
+    base: Array | None  # as the matrix was stored; None: the weight itself
+    u: Float[Array, "m r"]
+    v: Float[Array, "r n"]
+    core: Array | None  # [r, r], or [r]: a diagonal
+    is_finite: Array  # bool
+
+
+def initialize_chunk(
+    ws: tuple[Array, ...],
+    scales: tuple[Scalar, ...],
+    keys: tuple[PRNGKey, ...],
+    datas: tuple[Array | None, ...],
+    *,
+    spec: InitSpec,
+) -> tuple[InitializedMatrix, ...]:
+    """Return the arrays of each matrix of a chunk, computed as one batch."""
     if len(ws) == 1:
-        return (start_matrix(ws[0], scales[0], keys[0], datas[0], how),)
-    stacked = jax.tree.map(
-        lambda *parts: jnp.stack(parts), *zip(ws, scales, keys, datas, strict=True)
+        return (initialize_matrix(ws[0], scales[0], keys[0], datas[0], spec),)
+
+    rows = zip(ws, scales, keys, datas, strict=True)
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *rows)
+    run = jax.vmap(functools.partial(initialize_matrix, spec=spec))
+    results = run(*stacked)
+    return tuple(
+        jax.tree.map(lambda array: array[i], results)  # noqa: B023 (used at once)
+        for i in range(len(ws))
     )
-    started = jax.vmap(functools.partial(start_matrix, how=how))(*stacked)
-    return tuple(jax.tree.map(lambda part: part[i], started) for i in range(len(ws)))  # noqa: B023
 
 
-start_chunk = jax.jit(start_all, static_argnames="how")
-start_donated = jax.jit(start_all, static_argnames="how", donate_argnames="ws")
+compile_chunk = jax.jit(initialize_chunk, static_argnames="spec")
+compile_donated_chunk = jax.jit(
+    initialize_chunk, static_argnames="spec", donate_argnames="ws"
+)
 
 
-def start_matrix(w, scale, key, data, how):
-    """Return (base or None, u, v, core or None, is_good) of one matrix as it is stored."""
-    kind = INITIALIZATIONS[how.init]
-    settings = {}
-    if how.quantize is not None:
-        settings = {"quantize": how.quantize, "num_rounds": how.num_rounds}
-    start = kind.start(
-        view_matrix(w, how.layout), how.rank, scale, key, data, **settings
+def initialize_matrix(
+    w: Array, scale: Scalar, key: PRNGKey, data: Array | None, spec: InitSpec
+) -> InitializedMatrix:
+    """Return the arrays of one stored matrix."""
+    initializer = spec.initializer
+    matrix = view_matrix(w, spec.layout)
+    base, factors, core = initializer(
+        matrix, spec.rank, scale=scale, key=key, data=data
     )
-    base = restore_layout(start.base, how.layout, w.shape) if how.moves_base else None
-    # NaN or Inf in w reaches every factor made of it: looking at w itself would cost a pass.
-    looked_at = tuple(start.factors) if kind.sees_weight else (*start.factors, w)
-    is_good = functools.reduce(
-        jnp.logical_and, [jnp.all(jnp.isfinite(a)) for a in looked_at]
+    if base is not None:
+        base = restore_layout(base, spec.layout, w.shape)
+
+    # If NaN in w reaches the factors, looking at w itself would only cost a pass.
+    seen = tuple(factors) if initializer.passes_nan_on else (*factors, w)
+    is_finite = functools.reduce(
+        jnp.logical_and, [jnp.all(jnp.isfinite(array)) for array in seen]
     )
-    return base, *start.factors, start.core, is_good
+    return InitializedMatrix(base, *factors, core, is_finite)
+
+
+@functools.lru_cache(maxsize=1024)
+def has_new_base(
+    spec: InitSpec,
+    stored_shape: tuple[int, ...],
+    dtype: Any,
+    data: tuple[tuple[int, ...], Any] | None,
+) -> bool:
+    """Return whether the initializer gives a base other than the weight.
+
+    It is run on abstract arrays, and the shapes of its result are checked.
+    """
+    *_, m, n = matrix_shape(stored_shape, spec.layout)
+    abstract_data = None if data is None else jax.ShapeDtypeStruct(*data)
+    abstract_key = jax.eval_shape(lambda: jax.random.key(0))
+
+    def run(w: Array, key: PRNGKey, data: Array | None) -> InitialFactors:
+        scale = jnp.ones((), compute_dtype(w.dtype))
+        return spec.initializer(w, spec.rank, scale=scale, key=key, data=data)
+
+    w = jax.ShapeDtypeStruct((m, n), jax.dtypes.canonicalize_dtype(dtype))
+    found = jax.eval_shape(run, w, abstract_key, abstract_data)
+    _check_result(found, spec, (m, n))
+    return found.base is not None
+
+
+def _check_result(found: Any, spec: InitSpec, shape: tuple[int, int]) -> None:
+    """Refuse a result that is no `InitialFactors` of the right shapes."""
+    label = spec.initializer.label
+    if not isinstance(found, InitialFactors):
+        raise TypeError(
+            f"`init` must return InitialFactors(base, factors, core), got "
+            f"{type(found).__name__} from {label}. "
+            "Import it from jlora.initializers."
+        )
+
+    (m, n), rank = shape, spec.rank
+    u, v = found.factors
+    meaning = f"m × rank, from init={label}"
+    _checks.check_shape(u.shape, (m, rank), "factors.u", meaning)
+    _checks.check_shape(v.shape, (rank, n), "factors.v", f"rank × n, from init={label}")
+    if found.base is not None:
+        _checks.check_shape(
+            found.base.shape, shape, "base", f"m × n, from init={label}"
+        )

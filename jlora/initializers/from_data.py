@@ -1,115 +1,202 @@
-"""First factors that look at more than the weight: a quantiser, data, a gradient, a fine-tune.
+"""Initializers that read activations, a gradient or a fine-tuned weight."""
 
-The functions are as those of initialize.py; `data` says what they are given beside the weight.
-"""
+from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
 from jlora._numerics import matmul, safe_divide, to_compute
+from jlora._types import AnyArray, Array, Float
 from jlora.factorization.svd import randomized_svd
 from jlora.factors import SVD, Factors
-from jlora.initializers.base import Start, split_scaled, take_out
-from jlora.reconstruction.dense import reconstruct
+from jlora.initializers.base import (
+    FROM_ZERO_V,
+    InitialFactors,
+    Initializer,
+    split_scaled,
+)
 
 _STABLE_GAMMA = 16  # of LoRA-GA
 
 
-def initialize_qpissa(w, rank, scale, key, data=None, *, quantize, num_rounds=1):
-    """Return the leading singular triplets, and a base that holds the rest as a quantiser can.
+def corda() -> Initializer:
+    """Return the initializer that keeps the layer's outputs on given inputs best.
 
-    Each further round decomposes w minus the quantised base, and quantises what that leaves out.
+    `data` holds the second moments c = xᵀx of the inputs, [..., m, m], in any multiple.
+    With c = rᵀ r the error of the outputs is the norm of r (w − u v). From the SVD
+    r w = p s zᵀ the leading z give the optimum u v = w z zᵀ. Nothing is inverted, so c
+    may be singular.
 
-    Source: Meng, Wang, Zhang, "PiSSA", 2024, section on QPiSSA.
+    Cost: an eigendecomposition of c and one `randomized_svd` for each matrix.
+
+    Source: Yang et al., "CorDA", 2024; Parkina and Rakhuba, "COALA", 2025, for the
+    solution without an inverse. Differs: we scale by c^(1/2) instead of c, which
+    minimises the error of the layer's outputs.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> params = {"w": jnp.diag(jnp.array([1.0, 2.0, 3.0]))}
+        >>> plan = jlora.make_plan(params, jlora.Rule("w", 1, init="corda"))
+        >>> moments = {"w": jnp.diag(jnp.array([100.0, 1.0, 1.0]))}
+        >>> adapted = jlora.adapt(params, plan, key=jax.random.key(0), data=moments)
+        >>> abs(adapted["w"].v).round(3).tolist()
+        [[1.0, 0.0, 0.0]]
     """
-    del data
-    return _alternate(w, None, rank, scale, key, quantize, num_rounds)
+    return CorDA()
 
 
-def initialize_loftq(w, rank, scale, key, data=None, *, quantize, num_rounds=1):
-    """Return the leading triplets of what quantising w left out, and that quantised base.
+def eva() -> Initializer:
+    """Return the initializer with u from the activations and v zero.
 
-    Each further round quantises w minus the product of the factors, and decomposes again.
+    `data` holds activations [..., t, m]. u gets their leading right singular vectors:
+    the directions in which the layer's inputs vary most.
 
-    Source: Li, Yu, Liang, He, Karampatziakis, Chen, Zhao, "LoftQ", 2023, algorithm 1.
+    Source: Paischer et al., "EVA", 2024. Differs: one decomposition of all rows,
+        instead
+    of an incremental one over batches.
+
+    Example:
+        >>> import jlora
+        >>> jlora.Rule("w", 8, init="eva").trainable
+        'v'
     """
-    del data
-    exact, (key, last_key) = to_compute(w), jax.random.split(key)
-    base = quantize(exact)
-    if num_rounds > 1:
-        base = _alternate(exact, base, rank, scale, key, quantize, num_rounds - 1).base
-    svd = randomized_svd(exact - base, rank, key=last_key)
-    return Start(base.astype(w.dtype), split_scaled(svd, scale))
+    return EVA()
 
 
-def _alternate(w, base, rank, scale, key, quantize, num_rounds):
-    """Return the `Start` after rounds of decomposing w - base and quantising what that leaves."""
-    exact = to_compute(w)
-    for own_key in jax.random.split(key, num_rounds):
-        left = exact if base is None else exact - base
-        factors = split_scaled(randomized_svd(left, rank, key=own_key), scale)
-        base = quantize(reconstruct(factors, exact, scale=-scale))
-    return Start(base.astype(w.dtype), factors)
+def lora_ga() -> Initializer:
+    """Return the initializer along the gradient of the first step.
 
-
-def initialize_corda(w, rank, scale, key, data):
-    """Return the best factors of w for inputs of the given second moments [..., m, m].
-
-    With c = rᵀ r the second moments, the error of the outputs is that of r w. Of r w = p s zᵀ the
-    leading z give it: u v = w z zᵀ. Nothing is inverted, so c may be singular.
-
-    Source: Yang et al., "CorDA", 2024; Parkina and Rakhuba, "COALA", 2025, for the way without an
-    inverse. Differs: CorDA weights with c itself, and this with its square root, for which the
-    error is that of the outputs.
-    """
-    exact = to_compute(w)
-    z = randomized_svd(
-        matmul(square_root(data).astype(exact.dtype), exact), rank, key=key
-    ).vt.mT
-    u = matmul(exact, z)
-    norms = jnp.linalg.norm(u, axis=-2)
-    unit = safe_divide(u, jnp.broadcast_to(norms[..., None, :], u.shape))
-    return take_out(w, split_scaled(SVD(unit, norms, z.mT), scale), scale)
-
-
-def square_root(moments):
-    """Return r with rᵀ r = c, for second moments c [..., m, m] that may be singular."""
-    values, vectors = jnp.linalg.eigh(to_compute(moments))
-    return jnp.sqrt(jnp.maximum(values, 0))[..., None] * vectors.mT
-
-
-def initialize_eva(w, rank, scale, key, data):
-    """Return u the leading right singular vectors of activations [..., t, m], v zero.
-
-    Source: Paischer et al., "EVA", 2024. Differs: one decomposition of all rows, not one of each
-    batch folded into the last.
-    """
-    del scale
-    *batch, _, n = w.shape
-    u = randomized_svd(data, rank, key=key).vt.mT.astype(to_compute(w).dtype)
-    return Start(None, Factors(u, jnp.zeros((*batch, rank, n), u.dtype)))
-
-
-def initialize_lora_ga(w, rank, scale, key, data):
-    """Return u the first r and v the second r singular directions of a gradient [..., m, n].
-
-    Both are n^¼ / √16 long, the method's stable scale; the base gives way to their product.
+    `data` holds a gradient of the weight's shape. u gets its first r left singular
+    vectors and v the second r right ones, each scaled to the length n^¼ / √16, the
+    stable scale of the method. The base keeps the residual.
 
     Source: Wang, Yu, Li, "LoRA-GA", 2024, with the direction "ArB2r" and γ = 16.
+
+    Example:
+        >>> import jlora
+        >>> jlora.initializers.lora_ga().max_rank(64, 32)
+        16
     """
-    u, _, vt = randomized_svd(data, 2 * rank, key=key)
-    size = w.shape[-1] ** 0.25 / _STABLE_GAMMA**0.5
-    dtype = to_compute(w).dtype
-    u, vt = u.astype(dtype), vt.astype(dtype)
-    return take_out(w, Factors(size * u[..., :rank], size * vt[..., rank:, :]), scale)
+    return LoRAGA()
 
 
-def initialize_difference(w, rank, scale, key, data):
-    """Return the leading triplets of a fine-tuned weight minus w; the base is w as it was.
+def difference() -> Initializer:
+    """Return the initializer that extracts an adapter from a fine-tuned weight.
 
-    Source: the extraction of a LoRA from a fine-tuned model, as mergekit and kohya do it.
+    `data` holds the fine-tuned weight. The factors are the leading singular triplets of
+    `data` − w, and the base stays w, so the adapted weight moves to the fine-tuned one.
+
+    Source: the extraction of a LoRA from a fine-tuned model, as in mergekit and kohya.
+
+    Example:
+        >>> import jlora
+        >>> jlora.initializers.difference().is_data_stored
+        True
     """
-    difference = jnp.subtract(*to_compute(data, w))
-    svd = randomized_svd(difference, rank, key=key)
-    svd = SVD(*(part.astype(to_compute(w).dtype) for part in svd))
-    return Start(None, split_scaled(svd, scale))
+    return Difference()
+
+
+class CorDA(Initializer):
+    """See `corda`."""
+
+    name = "corda"
+    data_meaning = "second moments of the inputs, [..., m, m]"
+    passes_nan_on = True
+
+    def data_shape(self, m: int, n: int) -> tuple[int | None, ...]:
+        return m, m
+
+    def spectrum_matrix(self, w: Array, data: Array | None) -> Array:
+        assert data is not None
+        return matmul(*to_compute(_square_root(data), w))
+
+    def __call__(self, w, rank, *, scale, key, data=None) -> InitialFactors:
+        assert data is not None
+        exact = to_compute(w)
+        root = _square_root(data).astype(exact.dtype)
+        z = randomized_svd(matmul(root, exact), rank, key=key).vt.mT
+
+        # u v = (w z) zᵀ, with the norms of w z as singular values to balance the
+        # factors.
+        u = matmul(exact, z)
+        norms = jnp.linalg.norm(u, axis=-2)
+        unit = safe_divide(u, jnp.broadcast_to(norms[..., None, :], u.shape))
+        factors = split_scaled(SVD(unit, norms, z.mT), scale)
+        return InitialFactors.from_residual(w, factors, scale)
+
+
+class EVA(Initializer):
+    """See `eva`."""
+
+    name = "eva"
+    trainable = FROM_ZERO_V
+    data_meaning = "activations, [..., t, m]"
+    has_relative_spectrum = True  # explained variance, because activations have a unit
+
+    def data_shape(self, m: int, n: int) -> tuple[int | None, ...]:
+        return None, m
+
+    def max_rank(self, m: int, n: int, data: AnyArray | None = None) -> int:
+        limit = min(m, n)
+        return limit if data is None else min(limit, data.shape[-2])
+
+    def spectrum_matrix(self, w: Array, data: Array | None) -> Array:
+        assert data is not None
+        return data
+
+    def __call__(self, w, rank, *, scale, key, data=None) -> InitialFactors:
+        del scale
+        assert data is not None
+        *batch, _, n = w.shape
+        u = randomized_svd(data, rank, key=key).vt.mT.astype(to_compute(w).dtype)
+        return InitialFactors(None, Factors(u, jnp.zeros((*batch, rank, n), u.dtype)))
+
+
+class LoRAGA(Initializer):
+    """See `lora_ga`."""
+
+    name = "lora_ga"
+    data_meaning = "the gradient, of the weight's shape"
+    is_data_stored = True
+
+    def max_rank(self, m: int, n: int, data: AnyArray | None = None) -> int:
+        del data
+        return min(m, n) // 2  # u and v take r directions each
+
+    def spectrum_matrix(self, w: Array, data: Array | None) -> Array:
+        assert data is not None
+        return data
+
+    def __call__(self, w, rank, *, scale, key, data=None) -> InitialFactors:
+        assert data is not None
+        dtype = to_compute(w).dtype
+        u, _, vt = randomized_svd(data, 2 * rank, key=key)
+        u, vt = u.astype(dtype), vt.astype(dtype)
+
+        length = w.shape[-1] ** 0.25 / _STABLE_GAMMA**0.5
+        factors = Factors(length * u[..., :rank], length * vt[..., rank:, :])
+        return InitialFactors.from_residual(w, factors, scale)
+
+
+class Difference(Initializer):
+    """See `difference`."""
+
+    name = "difference"
+    data_meaning = "the fine-tuned weight, of the weight's shape"
+    is_data_stored = True
+    passes_nan_on = True
+
+    def spectrum_matrix(self, w: Array, data: Array | None) -> Array:
+        assert data is not None
+        return jnp.subtract(*to_compute(data, w))
+
+    def __call__(self, w, rank, *, scale, key, data=None) -> InitialFactors:
+        dtype = to_compute(w).dtype
+        svd = randomized_svd(self.spectrum_matrix(w, data), rank, key=key)
+        svd = SVD(*(part.astype(dtype) for part in svd))
+        return InitialFactors(None, split_scaled(svd, scale))
+
+
+def _square_root(moments: Float[Array, "*batch m m"]) -> Float[Array, "*batch m m"]:
+    """Return r with rᵀ r = c, for second moments c that may be singular."""
+    values, vectors = jnp.linalg.eigh(to_compute(moments))
+    return jnp.sqrt(jnp.maximum(values, 0))[..., None] * vectors.mT

@@ -1,12 +1,12 @@
-"""First factors of a weight: one small function for each method.
+"""Initializers that read the weight, or nothing at all.
 
-Each takes (w, rank, scale, key, data) for one matrix w [m, n], or a batch of them, and returns a
-`Start`. `scale` may be traced. Where the factors are not zero the base is what they leave out,
-w - scale * u @ v, subtracted in the compute dtype and rounded once to the weight's.
+Factors that are not zero are subtracted from the base, in the compute dtype, so that
+the adapted weight equals the original up to one rounding.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from __future__ import annotations
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -14,163 +14,254 @@ import jax.numpy as jnp
 from jlora._numerics import compute_dtype, eye_like, matmul, to_compute
 from jlora.factorization.svd import randomized_svd, truncated_svd
 from jlora.factors import SVD, Factors
-from jlora.initializers import from_data
-from jlora.initializers.base import Start, split_scaled, take_out
+from jlora.initializers.base import (
+    FROM_ZERO_V,
+    InitialFactors,
+    Initializer,
+    split_scaled,
+)
 
-PARTS = ("v", "u", "uv", "core", "s")
 
+def lora() -> Initializer:
+    """Return the initializer of LoRA: u uniform in ±1/√m, v zero, the base unchanged.
 
-def initialize_lora(w, rank, scale, key, data=None):
-    """Return u uniform in ±1/√m, v zero, the base as it was.
+    The adapted model starts exactly where the plain one is, at no cost. Training has to
+    find the directions by itself.
 
     Source: Hu et al., "LoRA", 2021, with the uniform bound of its reference code.
+
+    Example:
+        >>> import jlora
+        >>> jlora.Rule("w", 8, init=jlora.initializers.lora()).trainable
+        'v'
     """
-    del scale, data
-    *batch, m, n = w.shape
-    dtype = compute_dtype(w.dtype)
-    bound = 1 / m**0.5
-    u = jax.random.uniform(key, (*batch, m, rank), dtype, -bound, bound)
-    return Start(None, Factors(u, jnp.zeros((*batch, rank, n), dtype)))
+    return LoRA()
 
 
-def initialize_pissa(w, rank, scale, key, data=None):
-    """Return the leading singular triplets, √(s / scale) on both sides.
+def pissa(*, residual: bool = True) -> Initializer:
+    """Return the initializer from the leading singular triplets of the weight.
+
+    √(s / scale) goes on each side. Training then moves the directions in which the
+    weight acts most, and usually converges faster than from `lora`.
+
+    Args:
+        residual: static. True: the base keeps the rest of the weight. False: it is
+            dropped, w ≈ scale * u @ v, as a compression.
+
+    Cost: one `randomized_svd` for each matrix.
 
     Source: Meng, Wang, Zhang, "PiSSA", 2024.
+
+    Example:
+        >>> import jlora
+        >>> jlora.initializers.pissa(residual=False).label
+        'pissa(residual=False)'
     """
-    del data
-    return take_out(w, split_scaled(randomized_svd(w, rank, key=key), scale), scale)
+    return PiSSA(residual=residual)
 
 
-def initialize_milora(w, rank, scale, key, data=None):
-    """Return the last singular triplets, √(s / scale) on both sides: a full decomposition.
+def milora() -> Initializer:
+    """Return the initializer from the last singular triplets of the weight.
+
+    √(s / scale) goes on each side. Training moves the directions that the weight uses
+    least, so that it forgets less of the old domain.
+
+    Cost: a full decomposition of each matrix.
 
     Source: Wang, Li, Wang, Chen, Chen, "MiLoRA", 2024.
+
+    Example:
+        >>> import jlora
+        >>> jlora.initializers.milora().label
+        'milora'
     """
-    del key, data
-    u, s, vt = truncated_svd(w, min(w.shape[-2:]))
-    minor = SVD(u[..., -rank:], s[..., -rank:], vt[..., -rank:, :])
-    return take_out(w, split_scaled(minor, scale), scale)
+    return MiLoRA()
 
 
-def initialize_olora(w, rank, scale, key, data=None):
-    """Return v the leading rows of an orthonormal basis of the outputs, u the weight in it.
+def olora() -> Initializer:
+    """Return the initializer from a QR decomposition of the weight.
 
-    Of the QR decomposition wᵀ = q r, v is qᵀ and u is rᵀ, both cut to the rank.
+    With wᵀ = q r, v holds the first rows of qᵀ, which are orthonormal, and u the first
+    columns of rᵀ.
+
+    Cost: one QR decomposition of each matrix.
 
     Source: Büyükakyüz, "OLoRA", 2024.
+
+    Example:
+        >>> import jlora
+        >>> jlora.initializers.olora().label
+        'olora'
     """
-    del key, data
-    q, r = jnp.linalg.qr(to_compute(w).mT)
-    return take_out(w, Factors(r[..., :rank, :].mT, q[..., :rank].mT), scale)
+    return OLoRA()
 
 
-def initialize_orthogonal(w, rank, scale, key, data=None):
-    """Return random factors of product zero, neither of them zero; the rank is even.
+def orthogonal() -> Initializer:
+    """Return the initializer with two random factors whose product is zero.
 
-    Both are Gaussian, a tenth in size, in one half each of a random orthonormal basis.
+    Neither factor is zero, so both have a gradient from the first step. Each is a
+    Gaussian of a tenth in one half of a random orthonormal basis. The rank must be
+    even.
 
     Source: the initialisation "orthogonal" of PEFT.
+
+    Example:
+        >>> import jlora
+        >>> jlora.initializers.orthogonal().rank_multiple
+        2
     """
-    del scale, data
-    *batch, m, n = w.shape
-    dtype = compute_dtype(w.dtype)
-    basis_key, u_key, v_key = jax.random.split(key, 3)
-    basis = jnp.linalg.qr(jax.random.normal(basis_key, (*batch, rank, rank), dtype))[0]
-    u = matmul(
-        jax.random.normal(u_key, (*batch, m, rank // 2), dtype), basis[..., 0::2, :]
-    )
-    v = matmul(
-        jax.random.normal(v_key, (*batch, n, rank // 2), dtype), basis[..., 1::2, :]
-    )
-    return Start(None, Factors(u / 10, v.mT / 10))
+    return Orthogonal()
 
 
-def initialize_lora_xs(w, rank, scale, key, data=None):
-    """Return the leading singular vectors, s on the right, around a core of zeros.
+def lora_xs() -> Initializer:
+    """Return the initializer with fixed singular vectors around a trained r×r core.
 
-    Source: Bałazy, Banaei, Aberer, Tabor, "LoRA-XS", 2024. Differs: the core starts at zero and
-    not at a Gaussian of 1e-5, so that the weight is exactly what it was.
+    u holds the leading left vectors, v the right ones times s, and the core is zero. It
+    trains r² numbers per matrix.
+
+    Source: Bałazy, Banaei, Aberer, Tabor, "LoRA-XS", 2024. Differs: the core starts at
+    zero instead of a Gaussian of 1e-5, so that the weight is exactly unchanged.
+
+    Example:
+        >>> import jlora
+        >>> jlora.Rule("w", 8, init="lora_xs").trainable
+        'core'
     """
-    del scale, data
-    u, s, vt = randomized_svd(w, rank, key=key)
-    return Start(
-        None, Factors(u, s[..., None] * vt), jnp.zeros_like(eye_like(u[..., :rank, :]))
-    )
+    return LoRAXS()
 
 
-def initialize_svf(w, rank, scale, key, data=None):
-    """Return the leading singular vectors, and s / scale apart, which is what is trained.
+def svf() -> Initializer:
+    """Return the initializer that trains the leading singular values themselves.
 
-    Source: Sun, Cetin, Tang, "Transformer-squared", 2025, of all singular values; Lingam et al.,
-    "SVFT", 2024. Differs: the leading ones alone, the rest stays in the base.
+    u and v hold the singular vectors, and s / scale lies between them. It trains r
+    numbers per matrix.
+
+    Source: Sun, Cetin, Tang, "Transformer-squared", 2025, with all singular values;
+    Lingam et al., "SVFT", 2024. Differs: only the leading values are trained, and the
+    rest of the weight stays in the base.
+
+    Example:
+        >>> import jlora
+        >>> jlora.Rule("w", 8, init="svf").trainable
+        's'
     """
-    del data
-    u, s, vt = randomized_svd(w, rank, key=key)
-    s = s / scale
-    base = take_out(w, Factors(u * s[..., None, :], vt), scale).base
-    return Start(base, Factors(u, vt), s)
+    return SVF()
 
 
-class Initialization(NamedTuple):
-    """An initialisation, and what has to be known of it."""
+class LoRA(Initializer):
+    """See `lora`."""
 
-    start: Callable  # (w, rank, scale, key, data) -> Start; loftq, qpissa also take two settings
-    parts: tuple[
-        str, ...
-    ]  # what can be trained, the default first: the rest has no gradient
-    data: str | None = None  # what `data` holds for it
-    data_is_stored: bool = False  # whether `data` has the weight's own shape and layout
-    decomposes: str = "w"  # whose singular values its rank is read from
-    moves_base: bool = True  # whether it gives a base other than the weight
-    sees_weight: bool = True  # whether its factors are made of the weight
+    name = "lora"
+    trainable = FROM_ZERO_V
+
+    def __call__(self, w, rank, *, scale, key, data=None) -> InitialFactors:
+        del scale, data
+        *batch, m, n = w.shape
+        dtype = compute_dtype(w.dtype)
+        bound = 1 / m**0.5
+
+        u = jax.random.uniform(key, (*batch, m, rank), dtype, -bound, bound)
+        return InitialFactors(None, Factors(u, jnp.zeros((*batch, rank, n), dtype)))
 
 
-_ANY = ("v", "u", "uv", "core", "s")
-_FROM_ZERO = ("v", "uv")  # v is zero, so that u and what is between have no gradient
+@dataclasses.dataclass(frozen=True)
+class PiSSA(Initializer):
+    """See `pissa`."""
 
-INITIALIZATIONS = {
-    "pissa": Initialization(initialize_pissa, _ANY),
-    "lora": Initialization(
-        initialize_lora, _FROM_ZERO, moves_base=False, sees_weight=False
-    ),
-    "milora": Initialization(initialize_milora, _ANY),
-    "olora": Initialization(initialize_olora, _ANY),
-    "orthogonal": Initialization(
-        initialize_orthogonal, ("v", "u", "uv"), moves_base=False, sees_weight=False
-    ),
-    "svf": Initialization(initialize_svf, ("s",)),
-    "lora_xs": Initialization(initialize_lora_xs, ("core",), moves_base=False),
-    "loftq": Initialization(from_data.initialize_loftq, _ANY),
-    "qpissa": Initialization(from_data.initialize_qpissa, _ANY),
-    "corda": Initialization(
-        from_data.initialize_corda,
-        _ANY,
-        "second moments of the inputs, [..., m, m]",
-        decomposes="weighted",
-    ),
-    "eva": Initialization(
-        from_data.initialize_eva,
-        _FROM_ZERO,
-        "activations, [..., t, m]",
-        decomposes="data",
-        moves_base=False,
-        sees_weight=False,
-    ),
-    "lora_ga": Initialization(
-        from_data.initialize_lora_ga,
-        _ANY,
-        "the gradient, of the weight's shape",
-        data_is_stored=True,
-        decomposes="data",
-        sees_weight=False,
-    ),
-    "difference": Initialization(
-        from_data.initialize_difference,
-        _ANY,
-        "the fine-tuned weight, of the weight's shape",
-        data_is_stored=True,
-        decomposes="difference",
-        moves_base=False,
-    ),
-}
+    residual: bool = True
+
+    name = "pissa"
+    passes_nan_on = True
+
+    @property
+    def keeps_residual(self) -> bool:
+        return self.residual
+
+    def __call__(self, w, rank, *, scale, key, data=None) -> InitialFactors:
+        del data
+        factors = split_scaled(randomized_svd(w, rank, key=key), scale)
+        if not self.residual:
+            return InitialFactors(None, factors)
+        return InitialFactors.from_residual(w, factors, scale)
+
+
+class MiLoRA(Initializer):
+    """See `milora`."""
+
+    name = "milora"
+    passes_nan_on = True
+
+    def __call__(self, w, rank, *, scale, key, data=None) -> InitialFactors:
+        del key, data
+        u, s, vt = truncated_svd(w, min(w.shape[-2:]))
+        minor = SVD(u[..., -rank:], s[..., -rank:], vt[..., -rank:, :])
+        return InitialFactors.from_residual(w, split_scaled(minor, scale), scale)
+
+
+class OLoRA(Initializer):
+    """See `olora`."""
+
+    name = "olora"
+    passes_nan_on = True
+
+    def __call__(self, w, rank, *, scale, key, data=None) -> InitialFactors:
+        del key, data
+        q, r = jnp.linalg.qr(to_compute(w).mT)
+        return InitialFactors.from_residual(
+            w, Factors(r[..., :rank, :].mT, q[..., :rank].mT), scale
+        )
+
+
+class Orthogonal(Initializer):
+    """See `orthogonal`."""
+
+    name = "orthogonal"
+    trainable = ("v", "u", "uv")
+    rank_multiple = 2
+
+    def __call__(self, w, rank, *, scale, key, data=None) -> InitialFactors:
+        del scale, data
+        *batch, m, n = w.shape
+        dtype = compute_dtype(w.dtype)
+        basis_key, u_key, v_key = jax.random.split(key, 3)
+        half = rank // 2
+
+        # u and v use different rows of one orthonormal basis, so u @ v is zero.
+        gaussian = jax.random.normal(basis_key, (*batch, rank, rank), dtype)
+        basis = jnp.linalg.qr(gaussian)[0]
+        u_gaussian = jax.random.normal(u_key, (*batch, m, half), dtype)
+        v_gaussian = jax.random.normal(v_key, (*batch, n, half), dtype)
+
+        u = matmul(u_gaussian, basis[..., 0::2, :])
+        v = matmul(v_gaussian, basis[..., 1::2, :])
+        return InitialFactors(None, Factors(u / 10, v.mT / 10))
+
+
+class LoRAXS(Initializer):
+    """See `lora_xs`."""
+
+    name = "lora_xs"
+    trainable = ("core",)
+    passes_nan_on = True
+
+    def __call__(self, w, rank, *, scale, key, data=None) -> InitialFactors:
+        del scale, data
+        u, s, vt = randomized_svd(w, rank, key=key)
+        core = jnp.zeros_like(eye_like(u[..., :rank, :]))
+        return InitialFactors(None, Factors(u, s[..., None] * vt), core)
+
+
+class SVF(Initializer):
+    """See `svf`."""
+
+    name = "svf"
+    trainable = ("s",)
+    passes_nan_on = True
+
+    def __call__(self, w, rank, *, scale, key, data=None) -> InitialFactors:
+        del data
+        u, s, vt = randomized_svd(w, rank, key=key)
+        s = s / scale
+        scaled = Factors(u * s[..., None, :], vt)
+        base = InitialFactors.from_residual(w, scaled, scale).base
+        return InitialFactors(base, Factors(u, vt), s)

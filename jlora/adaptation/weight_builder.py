@@ -1,0 +1,93 @@
+"""Collects the arrays of one weight, matrix by matrix."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora._types import Array
+from jlora.adaptation.adapted_weight import AdaptedWeight
+from jlora.adaptation.programs import InitializedMatrix
+from jlora.adaptation.tasks import MatrixRef, WeightTask, make_weight
+from jlora.quantization.registry import is_registered, read_array
+
+
+class WeightBuilder:
+    """Collects the factors of one (possibly stacked) weight and builds the result."""
+
+    def __init__(self, task: WeightTask) -> None:
+        self._task = task
+        self._parts: list[Any] = [None] * task.num_matrices  # (u, v, core) of each
+        self._base = task.leaf
+        if task.has_new_base and task.batch and not task.donate:
+            # The bases of a stack are written one by one, and the leaf is the caller's.
+            self._base = _allocate_like(task.leaf)
+
+    def take_matrix(self, ref: MatrixRef) -> Array:
+        """Return one matrix of the weight, on the device."""
+        source = self._base if self._task.donate else self._task.leaf
+        if is_registered(source):
+            source = read_array(source)
+        if not self._task.batch:
+            return jnp.asarray(source)
+        if isinstance(source, np.ndarray):
+            return jnp.asarray(source[self._locate(ref)])
+        return _take_slice(source, ref.offsets, self._task.batch_axes)
+
+    def put_matrix(self, ref: MatrixRef, found: InitializedMatrix) -> None:
+        """Keep the arrays of one matrix, and write its base into the stack."""
+        self._parts[ref.index] = (found.u, found.v, found.core)
+        if found.base is None:
+            return
+
+        leaf, is_on_host = self._task.leaf, isinstance(self._task.leaf, np.ndarray)
+        if not self._task.batch:
+            self._base = np.array(found.base, leaf.dtype) if is_on_host else found.base
+        elif is_on_host:
+            self._base[self._locate(ref)] = found.base
+        else:
+            axes = self._task.batch_axes
+            self._base = _put_slice(self._base, found.base, ref.offsets, axes)
+
+    def build(self) -> AdaptedWeight:
+        """Return the adapted weight, once all its matrices are there."""
+        parts = self._parts[0]
+        if self._task.batch:
+            batch = self._task.batch
+            parts = jax.tree.map(lambda *arrays: jnp.stack(arrays), *self._parts)
+            parts = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), parts)
+        return make_weight(self._task, self._base, *parts)
+
+    def _locate(self, ref: MatrixRef) -> tuple[int | slice, ...]:
+        return tuple(
+            offset if axis in self._task.batch_axes else slice(None)
+            for axis, offset in enumerate(ref.offsets)
+        )
+
+
+def _allocate_like(leaf: Any) -> Any:
+    """Return an array to be filled, on the host or sharded as the leaf."""
+    if isinstance(leaf, np.ndarray):
+        return np.empty(leaf.shape, leaf.dtype)
+    device = leaf.sharding if leaf.committed else None
+    return jnp.empty(leaf.shape, leaf.dtype, device=device)
+
+
+@functools.partial(jax.jit, static_argnames="batch_axes")
+def _take_slice(
+    stack: Array, offsets: tuple[int, ...], batch_axes: tuple[int, ...]
+) -> Array:
+    sizes = [1 if axis in batch_axes else size for axis, size in enumerate(stack.shape)]
+    return jnp.squeeze(jax.lax.dynamic_slice(stack, offsets, sizes), batch_axes)
+
+
+@functools.partial(jax.jit, static_argnames="batch_axes", donate_argnames="stack")
+def _put_slice(
+    stack: Array, matrix: Array, offsets: tuple[int, ...], batch_axes: tuple[int, ...]
+) -> Array:
+    update = jnp.expand_dims(matrix, batch_axes)
+    return jax.lax.dynamic_update_slice(stack, update, offsets)

@@ -1,0 +1,123 @@
+"""Initializers whose base is rounded to a low-precision format.
+
+`quantize` is a round trip: it maps a weight to the nearest one that the format can
+hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+
+from jlora import _checks
+from jlora._numerics import to_compute
+from jlora._types import Array, Float, Scalar
+from jlora.factorization.svd import randomized_svd
+from jlora.initializers.base import InitialFactors, Initializer, split_scaled
+from jlora.quantization.round_trips import quantize_nf4
+from jlora.reconstruction.dense import reconstruct
+
+
+def loftq(*, num_rounds: int = 1) -> Initializer:
+    """Return the initializer from the quantisation error of the weight.
+
+    The base is Q(w), and the factors are the leading singular triplets of w − Q(w).
+    Each further round quantises w − u v and decomposes again.
+
+    Args:
+        num_rounds: static, how often base and factors are fitted to each other, ≥ 1.
+
+    Source: Li, Yu, Liang, He, Karampatziakis, Chen, Zhao, "LoftQ", 2023, algorithm 1.
+
+    Example:
+        >>> import jlora
+        >>> jlora.initializers.loftq(num_rounds=5).label
+        'loftq(num_rounds=5)'
+    """
+    return LoftQ(_checks.check_integer(num_rounds, "num_rounds"))
+
+
+def qpissa(*, num_rounds: int = 1) -> Initializer:
+    """Return the initializer from the leading triplets, on a quantised residual.
+
+    The base is Q(w − u v). Each further round decomposes w − base and quantises again.
+
+    Args:
+        num_rounds: static, how often base and factors are fitted to each other, ≥ 1.
+
+    Source: Meng, Wang, Zhang, "PiSSA", 2024, section on QPiSSA.
+
+    Example:
+        >>> import jlora
+        >>> jlora.initializers.qpissa().label
+        'qpissa'
+    """
+    return QPiSSA(_checks.check_integer(num_rounds, "num_rounds"))
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedInitializer(Initializer):
+    """An initializer with a quantised base; `Rule(quantize=)` sets its `quantize`."""
+
+    num_rounds: int = 1
+    quantize: Callable[[Array], Array] = quantize_nf4
+
+    passes_nan_on: ClassVar[bool] = True
+
+
+class LoftQ(QuantizedInitializer):
+    """See `loftq`."""
+
+    name = "loftq"
+
+    def __call__(self, w, rank, *, scale, key, data=None) -> InitialFactors:
+        del data
+        rounds_key, last_key = jax.random.split(key)
+        exact = to_compute(w)
+        base = self.quantize(exact)
+
+        if self.num_rounds > 1:
+            keys = jax.random.split(rounds_key, self.num_rounds - 1)
+            better = _alternate(exact, base, rank, scale, keys, self.quantize).base
+            assert better is not None
+            base = better
+
+        svd = randomized_svd(exact - base, rank, key=last_key)
+        return InitialFactors(base.astype(w.dtype), split_scaled(svd, scale))
+
+
+class QPiSSA(QuantizedInitializer):
+    """See `qpissa`."""
+
+    name = "qpissa"
+
+    def __call__(self, w, rank, *, scale, key, data=None) -> InitialFactors:
+        del data
+        keys = jax.random.split(key, self.num_rounds)
+        return _alternate(w, None, rank, scale, keys, self.quantize)
+
+
+def _alternate(
+    w: Float[Array, "*batch m n"],
+    base: Float[Array, "*batch m n"] | None,
+    rank: int,
+    scale: Scalar,
+    keys: Array,
+    quantize: Callable[[Array], Array],
+) -> InitialFactors:
+    """Return the initial factors after rounds of decomposing and quantising.
+
+    Each round decomposes w − base, with one of the keys, and quantises the residual. It
+    starts from a base of zero if there is none.
+    """
+    exact = to_compute(w)
+    results = []
+    for key in keys:
+        remainder = exact if base is None else exact - base
+        factors = split_scaled(randomized_svd(remainder, rank, key=key), scale)
+        base = quantize(reconstruct(factors, exact, scale=-scale))
+        results.append(InitialFactors(base.astype(w.dtype), factors))
+    return results[-1]
