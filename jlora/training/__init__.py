@@ -1,12 +1,20 @@
-"""Loss + batches → trained factors."""
+"""Loss + batches → trained factors.
 
+loop.py             fit, init_train, train_step
+evaluation.py       evaluate_loss, measure_cost
+optimizers/         optax transformations for factors (also `jlora.optimizers`)
+gradient_steps.py   the pure functions behind them: precondition_gradient, ...
+riemannian.py       tangent projection, retraction, integration at fixed rank
+"""
+
+from jlora.training import optimizers  # noqa: F401
 from jlora.training.evaluation import TrainingCost, evaluate_loss, measure_cost
 from jlora.training.gradient_steps import (
     precondition_gradient,
     project_gradient_out,
     transport_moments,
 )
-from jlora.training.loop import FitResult, TrainState, fit, init_train, train_step
+from jlora.training.loop import FitResult, fit
 from jlora.training.riemannian import (
     IntegratedSVD,
     Tangent,
@@ -14,6 +22,7 @@ from jlora.training.riemannian import (
     project_tangent,
     retract,
 )
+from jlora.training.steps import TrainState, init_train, train_step
 
 __all__ = [
     "FitResult",

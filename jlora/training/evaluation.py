@@ -1,14 +1,20 @@
-"""Accuracy on held-out data, and what training costs."""
+"""Accuracy on held-out data, and the cost of training."""
+
+from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from jlora._types import Array, Tree
+from jlora.training.steps import Loss, TrainState
+
 
 class TrainingCost(NamedTuple):
-    """Size of what is trained, from `measure_cost`.
+    """Size of the trained arrays, from `measure_cost`.
 
     Example:
         >>> import jlora
@@ -16,11 +22,11 @@ class TrainingCost(NamedTuple):
         96
     """
 
-    num_trained: int  # trained numbers
+    num_trained: int  # trained elements
     optimizer_bytes: int  # bytes of the optimiser's state
 
 
-def evaluate_loss(loss, adapted, batches):
+def evaluate_loss(loss: Loss, adapted: Tree, batches: Iterable[Any]) -> float:
     """Return the mean of loss(adapted, batch) over batches of one size.
 
     Args:
@@ -36,19 +42,22 @@ def evaluate_loss(loss, adapted, batches):
 
     Example:
         >>> import jax.numpy as jnp, jlora
-        >>> jlora.training.evaluate_loss(lambda params, x: jnp.mean(params * x), 2.0, [jnp.ones(3)] * 2)
+        >>> def loss(params, x):
+        ...     return jnp.mean(params * x)
+        >>> jlora.training.evaluate_loss(loss, 2.0, [jnp.ones(3)] * 2)
         2.0
     """
     values = [_evaluate(loss, adapted, batch) for batch in batches]
     if not values:
         raise ValueError(
-            "`batches` must hold at least one batch, got none. An iterator can be used only once."
+            "`batches` must hold at least one batch, got none. "
+            "An iterator can be used only once."
         )
     return float(np.mean(jax.device_get(values), dtype=np.float64))
 
 
-def measure_cost(state):
-    """Return the `TrainingCost` of a train state: trained numbers, optimiser bytes.
+def measure_cost(state: TrainState) -> TrainingCost:
+    """Return the `TrainingCost` of a train state: trained elements, optimiser bytes.
 
     Args:
         state: `TrainState` from `init_train`.
@@ -71,5 +80,5 @@ def measure_cost(state):
 
 
 @functools.partial(jax.jit, static_argnames="loss")
-def _evaluate(loss, adapted, batch):
+def _evaluate(loss: Loss, adapted: Tree, batch: Any) -> Array:
     return loss(adapted, batch)

@@ -1,32 +1,38 @@
-"""Gradients of factors, as pure functions: preconditioned, kept off a subspace, transported."""
+"""Pure functions on gradients: preconditioned, projected, their moments transported."""
+
+from __future__ import annotations
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from jlora import _checks
 from jlora._numerics import eye_like, matmul, to_compute
+from jlora._types import AnyArray, Array, Float, Scalar
 from jlora.factors import Factors
 
 
-def precondition_gradient(factors, gradient, *, delta=1e-6):
-    """Return the gradient of the factors, each preconditioned by the other's Gram matrix.
+def precondition_gradient(
+    factors: Factors, gradient: Factors, *, delta: Scalar = 1e-6
+) -> Factors:
+    """Return the gradients, each preconditioned by the other factor's Gram matrix.
 
-    du (v vᵀ + δ I)⁻¹ and (uᵀu + δ I)⁻¹ dv: the gradient in a metric in which the step on the
-    product does not depend on how it is split, u → u G, v → G⁻¹ v. Plain gradient descent is
-    slowed by the condition of the factors; this one is not.
-
-    Shapes: m, n rows and columns of u @ v, r rank.
+    du (v vᵀ + δ I)⁻¹ and (uᵀu + δ I)⁻¹ dv. In this metric the step on the product does
+    not depend on its split into factors, u → u G, v → G⁻¹ v, and the condition of the
+    factors does not slow it down. `jlora.optimizers.scale_by_factor_gram` is the same
+    for optax.
 
     Args:
         factors: `Factors` of u [..., m, r], v [..., r, n].
-        gradient: `Factors` of the same shapes, of a loss to u and v.
-        delta: not negative, static or traced: δ is delta times the mean of the diagonal of
-            the Gram matrix. It keeps the step finite where a factor is not of full rank, as at
-            the start of LoRA, where one factor is zero; 0 makes the invariance exact.
+        gradient: the gradients of u and v, in `Factors` of the same shapes.
+        delta: not negative, static or traced: δ is delta times the mean diagonal of the
+            Gram matrix. It keeps the step finite if a factor has less than full rank.
+            With 0 the invariance is exact.
 
     Returns:
-        `Factors` in the common compute dtype: what to subtract, times a learning rate. Of a
-        factor that is zero the other's gradient comes back as it is.
+        `Factors` in the common compute dtype, to be multiplied by a learning rate and
+        subtracted. If a factor is zero, the other's gradient is unchanged.
 
     Raises:
         TypeError: arguments of the wrong kind.
@@ -34,9 +40,9 @@ def precondition_gradient(factors, gradient, *, delta=1e-6):
 
     Cost: O((m + n) r² + r³) flops.
 
-    Source: Zhang and Pilanci, "Riemannian preconditioned LoRA for fine-tuning foundation
-        models", 2024; Tong, Ma, Chi, "Accelerating ill-conditioned low-rank matrix estimation
-        via scaled gradient descent", 2021. Differs: δ is relative.
+    Source: Zhang and Pilanci, "Riemannian preconditioned LoRA for fine-tuning
+        foundation models", 2024; Tong, Ma, Chi, "Accelerating ill-conditioned low-rank
+        matrix estimation via scaled gradient descent", 2021. Differs: δ is relative.
 
     Example:
         >>> import jax.numpy as jnp, jlora
@@ -53,40 +59,53 @@ def precondition_gradient(factors, gradient, *, delta=1e-6):
 
 
 @jax.jit
-def _precondition_gradient(u, v, du, dv, delta):
+def _precondition_gradient(
+    u: Float[Array, "*batch m r"],
+    v: Float[Array, "*batch r n"],
+    du: Float[Array, "*batch m r"],
+    dv: Float[Array, "*batch r n"],
+    delta: Scalar,
+) -> Factors:
     u, v, du, dv = to_compute(u, v, du, dv)
     gram_u, gram_v = matmul(u.mT, u), matmul(v, v.mT)
     return Factors(
-        _solve_damped(gram_v, du.mT, delta).mT, _solve_damped(gram_u, dv, delta)
+        solve_damped(gram_v, du.mT, delta).mT, solve_damped(gram_u, dv, delta)
     )
 
 
-def _solve_damped(gram, rows, delta):
-    """Return (gram + δ I)⁻¹ rows."""
+def solve_damped(
+    gram: Float[Array, "*batch r r"], rows: Float[Array, "*batch r n"], delta: Scalar
+) -> Float[Array, "*batch r n"]:
+    """Return (gram + δ I)⁻¹ rows, with δ = delta times the mean diagonal."""
     mean = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] / gram.shape[-1]
-    # A Gram matrix of zeros has no inverse; nothing is preconditioned then.
+    # A zero Gram matrix has no inverse; we return the rows unchanged.
     is_zero = mean == 0
     eye = eye_like(gram)
     damped = jnp.where(is_zero, eye, gram + jnp.asarray(delta, gram.dtype) * mean * eye)
     return jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(damped), True), rows)
 
 
-def project_gradient_out(gradient, basis, *, side="left"):
-    """Return a gradient without its part in a protected subspace.
+def project_gradient_out(
+    gradient: Float[AnyArray, "*batch m n"],
+    basis: Float[AnyArray, "*batch k p"],
+    *,
+    side: Literal["left", "right"] = "left",
+) -> Float[Array, "*batch m n"]:
+    """Return a gradient without its component in a protected subspace.
 
-    g − b bᵀg (left) or g − g b bᵀ (right): a step along it leaves what the weights do to vectors
-    of the subspace as it is, so that a new domain does not overwrite an old one.
-
-    Shapes: m, n rows and columns, p the dimension of the subspace.
+    g − b bᵀg (left) or g − g b bᵀ (right). A step along the result does not change the
+    action of the weight on vectors of the subspace, so a new domain does not overwrite
+    an old one. `jlora.optimizers.project_out` is the same for optax.
 
     Args:
-        gradient: [..., m, n] real floating, of a weight or of a factor.
-        basis: [..., m, p] (left) or [..., n, p] (right), orthonormal columns, such as the leading
-            right singular vectors of the old domain's activations (inputs x [t, m] of y = x w).
+        gradient: of a weight or of a factor.
+        basis: orthonormal columns, k = m (left) or k = n (right), such as the leading
+            right singular vectors of the old domain's activations (inputs x [t, m] of
+            y = x w).
         side: static, "left" (inputs of x @ w are protected) or "right" (outputs).
 
     Returns:
-        [..., m, n] in the dtype of the gradient.
+        Array in the dtype of the gradient.
 
     Raises:
         TypeError: arguments of the wrong kind.
@@ -106,6 +125,7 @@ def project_gradient_out(gradient, basis, *, side="left"):
     gradient = _checks.check_matrix(gradient, "gradient")
     basis = _checks.check_matrix(basis, "basis")
     size = gradient.shape[-2 if side == "left" else -1]
+
     expected = (*gradient.shape[:-2], size, basis.shape[-1])
     _checks.check_shape(
         basis.shape, expected, "basis", f"a row for each of the {side} side"
@@ -117,22 +137,27 @@ def project_gradient_out(gradient, basis, *, side="left"):
     return (g - inside).astype(gradient.dtype)
 
 
-def transport_moments(first, second, old_basis, new_basis):
-    """Return Adam's moments of a projected gradient, carried over to another subspace.
+def transport_moments(
+    first: Float[AnyArray, "*batch p n"],
+    second: Float[AnyArray, "*batch p n"],
+    old_basis: Float[AnyArray, "*batch m p"],
+    new_basis: Float[AnyArray, "*batch m q"],
+) -> tuple[Float[Array, "*batch q n"], Float[Array, "*batch q n"]]:
+    """Return Adam's moments of a projected gradient, transported to another subspace.
 
-    A gradient g is kept as bᵀg; when the basis b changes to b', the first moment becomes b'ᵀb m.
-    The second, a mean of squares, becomes (b'ᵀb)∘² (v − m∘²) + (b'ᵀb m)∘²: the variances of
-    coordinates taken to be uncorrelated, and the square of the mean that is carried over.
-
-    Shapes: m rows of the gradient, n its columns, p and q dimensions of the two subspaces.
+    The projected gradient is bᵀg. If the basis b changes to b', the first moment
+    becomes b'ᵀb m. The second, a mean of squares, becomes (b'ᵀb)∘² (v − m∘²) + (b'ᵀb
+    m)∘²: the variances of coordinates assumed uncorrelated, plus the square of the new
+    mean.
 
     Args:
-        first, second: [..., p, n] real floating, the moments, free of Adam's bias correction.
-        old_basis: [..., m, p], orthonormal columns.
-        new_basis: [..., m, q], orthonormal columns.
+        first: first moment, without Adam's bias correction.
+        second: second moment, without Adam's bias correction.
+        old_basis: orthonormal columns.
+        new_basis: orthonormal columns.
 
     Returns:
-        (first, second), [..., q, n] each in its dtype; second is not negative.
+        (first, second), each in its dtype; second is not negative.
 
     Raises:
         TypeError: arguments of the wrong kind.
@@ -147,7 +172,8 @@ def transport_moments(first, second, old_basis, new_basis):
         >>> import jax.numpy as jnp, jlora
         >>> swap = jnp.array([[0.0, 1.0], [1.0, 0.0]])
         >>> moment = jnp.array([[1.0], [2.0]])
-        >>> first, second = jlora.training.transport_moments(moment, moment**2, jnp.eye(2), swap)
+        >>> first, second = jlora.training.transport_moments(
+        ...     moment, moment**2, jnp.eye(2), swap)
         >>> first.tolist(), second.tolist()
         ([[2.0], [1.0]], [[4.0], [1.0]])
     """
@@ -158,6 +184,7 @@ def transport_moments(first, second, old_basis, new_basis):
     old = _checks.check_matrix(old_basis, "old_basis")
     new = _checks.check_matrix(new_basis, "new_basis")
     batch, (m, p) = old.shape[:-2], old.shape[-2:]
+
     _checks.check_shape(
         new.shape, (*batch, m, new.shape[-1]), "new_basis", "rows of old_basis"
     )
@@ -168,9 +195,10 @@ def transport_moments(first, second, old_basis, new_basis):
         "a row for each column of old_basis",
     )
     _checks.check_shape(second.shape, first.shape, "second", "that of first")
+
     mean, square, old, new = to_compute(first, second, old, new)
-    turn = matmul(new.mT, old)
-    carried = matmul(turn, mean)
+    rotation = matmul(new.mT, old)
+    carried = matmul(rotation, mean)
     variance = jnp.maximum(square - mean**2, 0)
-    carried_square = matmul(turn**2, variance) + carried**2
+    carried_square = matmul(rotation**2, variance) + carried**2
     return carried.astype(first.dtype), carried_square.astype(second.dtype)
