@@ -1,1 +1,1 @@
-"""One file a command."""
+"""The `jlora` command, with one file per subcommand."""

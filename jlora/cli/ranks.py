@@ -1,8 +1,11 @@
-"""`jlora ranks`: what the spectrum of each matrix of a file says about its rank."""
+"""`jlora ranks`: print the rank that each rule chooses for each matrix of a file."""
 
+from __future__ import annotations
+
+import argparse
 import importlib.util
 import pathlib
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,33 +13,63 @@ import numpy as np
 
 from jlora import _checks
 from jlora._numerics import frobenius_norm, to_compute
+from jlora._types import Float
 from jlora.adaptation.paths import fold_path
 from jlora.adaptation.rule import Rule
 from jlora.checkpoints.arrays import load_arrays
-from jlora.checkpoints.files import replace_file
+from jlora.cli.spectra import MatrixSpectrum, plot_spectra
 from jlora.cli.targets import add_targets, check_targets, plan_targets
 from jlora.factorization.svd import randomized_svd
 from jlora.rank_selection.budget import allocate_ranks
 from jlora.rank_selection.rules import RULES, choose_rank
 
-_WHOLE = 1024  # the full decomposition of a matrix no larger takes about a second
+_WHOLE = 1024  # largest matrix with a full SVD by default, which takes about a second
 _ENERGY_RANKS = (8, 16, 32, 64, 128)
-_MOST_NAMES = 12  # in the legend of a plot
 
 
-def add_parser(commands):
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Return the parser of `jlora ranks`, added to the other subcommands."""
     parser = commands.add_parser(
         "ranks",
-        help="print what each rule says about the rank of each matrix of a file",
+        help="print the rank that each rule chooses for each matrix of a file",
         description=(
-            "Per matrix: the summary of its singular values, and the rank that each rule reads "
-            "from them. Of a matrix of more than "
-            f"{_WHOLE} rows and columns only the leading values are computed, unless --exact."
+            "Prints, per matrix, a summary of its singular values and the rank that "
+            "each rule chooses from them. For a matrix with more than "
+            f"{_WHOLE} rows and columns only the leading values are computed, unless "
+            "--exact is given."
         ),
     )
     add, default = parser.add_argument, "(default: %(default)s)"
+
     add("weights", metavar="WEIGHTS", help=".npy, .npz or .safetensors file")
     add_targets(parser, "look at")
+    _add_rules(parser)
+
+    add(
+        "--budget",
+        type=int,
+        metavar="N",
+        help="also distribute N parameters over the matrices",
+    )
+    add(
+        "--multiple-of",
+        type=int,
+        default=8,
+        help=f"divisor of the ranks that --budget gives {default}",
+    )
+    add(
+        "--plot",
+        metavar="FILE.png",
+        help="draw spectra and cumulative energy (needs matplotlib)",
+    )
+    add("--seed", type=int, default=0, help=f"of the random projections {default}")
+    return parser
+
+
+def _add_rules(parser: argparse.ArgumentParser) -> None:
+    """Add the options that the rules and the singular values depend on."""
+    add, default = parser.add_argument, "(default: %(default)s)"
+
     add(
         "--energy",
         type=float,
@@ -53,71 +86,40 @@ def add_parser(commands):
         "--max-rank",
         type=int,
         default=256,
-        help=f"leading values of a large matrix {default}",
+        help=f"number of leading values of a large matrix {default}",
     )
     add("--exact", action="store_true", help="compute all values of large matrices too")
-    add(
-        "--budget",
-        type=int,
-        metavar="N",
-        help="also share N parameters out over the matrices",
-    )
-    add(
-        "--multiple-of",
-        type=int,
-        default=8,
-        help=f"ranks that --budget gives {default}",
-    )
-    add(
-        "--plot",
-        metavar="FILE.png",
-        help="draw spectra and cumulative energy (needs matplotlib)",
-    )
-    add("--seed", type=int, default=0, help=f"of the random projections {default}")
-    return parser
 
 
-class _Matrix(NamedTuple):
-    name: str
-    shape: tuple[int, int]
-    values: np.ndarray  # [k] leading singular values, descending
-    norm: float
-
-    @property
-    def is_whole(self):
-        return len(self.values) == min(self.shape)
-
-
-def run(arguments):
+def run(arguments: argparse.Namespace) -> None:
+    """Run `jlora ranks`."""
     _check_arguments(arguments)
     arrays = load_arrays(arguments.weights)
     plan = plan_targets(arguments, arrays, Rule(arguments.targets, 1))
-    matrices = []
+
+    spectra = []
     for entry in plan.entries:
         for name, a in _list_matrices(entry.path, arrays[entry.path]):
-            matrices.append(_measure(arguments, name, a))
-            print(_describe(arguments, matrices[-1]), flush=True)
+            spectra.append(_measure_spectrum(arguments, name, a))
+            print(_describe(arguments, spectra[-1]), flush=True)
+
     if arguments.budget is not None:
-        _print_budget(arguments, matrices)
+        _print_budget(arguments, spectra)
     if arguments.plot:
-        _draw(arguments, matrices)
-        print(f"wrote {arguments.plot}: {len(matrices)} spectra")
+        plot_spectra(arguments.plot, spectra, arguments.energy)
+        print(f"wrote {arguments.plot}: {len(spectra)} spectra")
 
 
-def _check_arguments(arguments):
+def _check_arguments(arguments: argparse.Namespace) -> None:
     check_targets(arguments)
     _checks.check_integer(arguments.max_rank, "--max-rank")
     _checks.check_integer(arguments.multiple_of, "--multiple-of")
     if arguments.budget is not None:
         _checks.check_integer(arguments.budget, "--budget")
-    if not 0 < arguments.energy <= 1:
-        raise ValueError(
-            f"`--energy` must lie in (0, 1], got {arguments.energy}. Choose another."
-        )
-    if not 0 <= arguments.tolerance < 1:
-        raise ValueError(
-            f"`--tolerance` must lie in [0, 1), got {arguments.tolerance}. Choose another."
-        )
+    check, advice = _checks.check_interval, "Choose another."
+    check(arguments.energy, "--energy", 0, 1, closed="right", advice=advice)
+    check(arguments.tolerance, "--tolerance", 0, 1, closed="left", advice=advice)
+
     if arguments.plot:
         if pathlib.Path(arguments.plot).suffix != ".png":
             raise ValueError(
@@ -125,121 +127,107 @@ def _check_arguments(arguments):
             )
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError(
-                "`--plot` must have matplotlib to draw with, got an environment without it. "
-                "Install jlora[plot]."
+                "`--plot` must have matplotlib to draw with, got an environment "
+                "without it. Install jlora[plot]."
             )
 
 
-def _list_matrices(path, array):
-    """Return [(name, matrix)]: each matrix of a stack by itself."""
+def _list_matrices(
+    path: str, array: Float[np.ndarray, "*batch m n"]
+) -> list[tuple[str, Float[np.ndarray, "m n"]]]:
+    """Return [(name, matrix)] of an array: itself, or each matrix of a stack."""
     _checks.check_finite(array, path)
     if array.ndim == 2:
         return [(path, array)]
+
     indices = np.ndindex(array.shape[:-2])
     return [
         (f"{path}[{', '.join(map(str, index))}]", array[index]) for index in indices
     ]
 
 
-def _measure(arguments, name, a):
+def _measure_spectrum(
+    arguments: argparse.Namespace, name: str, a: Float[np.ndarray, "m n"]
+) -> MatrixSpectrum:
     shape = a.shape
     if arguments.exact or min(shape) <= max(_WHOLE, arguments.max_rank):
         values = np.linalg.svd(a.astype(np.float64), compute_uv=False)
-        return _Matrix(name, shape, values, float(np.linalg.norm(values)))
-    a = to_compute(jnp.asarray(a))
+        return MatrixSpectrum(name, shape, values, float(np.linalg.norm(values)))
+
+    matrix = to_compute(jnp.asarray(a))
     key = fold_path(jax.random.key(arguments.seed), name)
-    values = np.asarray(randomized_svd(a, arguments.max_rank, key=key).s, np.float64)
-    return _Matrix(name, shape, values, float(frobenius_norm(a)))
+    svd = randomized_svd(matrix, arguments.max_rank, key=key)
+    values = np.asarray(svd.s, np.float64)
+    return MatrixSpectrum(name, shape, values, float(frobenius_norm(matrix)))
 
 
-def _describe(arguments, matrix):
-    m, n = matrix.shape
-    values, norm = matrix.values, matrix.norm
-    kind = (
-        f"all {len(values)}"
-        if matrix.is_whole
-        else f"leading {len(values)} of {min(m, n)}"
-    )
-    energy = np.cumsum(values**2) / (norm**2 or 1)
-    kept = [
-        f"{rank}: {energy[rank - 1]:.3f}"
-        for rank in _ENERGY_RANKS
-        if rank <= len(values)
+def _describe(arguments: argparse.Namespace, spectrum: MatrixSpectrum) -> str:
+    """Return the lines to print about one matrix."""
+    m, n = spectrum.shape
+    num_values, is_whole = len(spectrum.values), spectrum.is_whole
+    kind = f"all {num_values}" if is_whole else f"leading {num_values} of {min(m, n)}"
+    median = f", median {np.median(spectrum.values):.4g}" if is_whole else ""
+    lines = [
+        f"{spectrum.name}: {m}x{n}, {kind} values, norm {spectrum.norm:.4g}, "
+        f"largest {spectrum.values[0]:.4g}{median}"
     ]
-    median = f", median {np.median(values):.4g}" if matrix.is_whole else ""
-    ranks = ", ".join(f"{rule} {_ask(arguments, matrix, rule)}" for rule in RULES)
-    return (
-        f"{matrix.name}: {m}x{n}, {kind} values, norm {norm:.4g}, largest {values[0]:.4g}{median}\n"
-        + (f"  energy kept at rank {', '.join(kept)}\n" if kept else "")
-        + f"  {ranks}"
-    )
+
+    energy = spectrum.energy
+    ranks = [rank for rank in _ENERGY_RANKS if rank <= num_values]
+    if ranks:
+        kept = ", ".join(f"{rank}: {energy[rank - 1]:.3f}" for rank in ranks)
+        lines.append(f"  energy kept at rank {kept}")
+
+    choices = [f"{rule} {_apply_rule(arguments, spectrum, rule)}" for rule in RULES]
+    return "\n".join([*lines, f"  {', '.join(choices)}"])
 
 
-def _ask(arguments, matrix, rule):
-    """Return what a rule says, as text; "-" where it cannot be applied to these values."""
-    # The last values of a matrix that is all but singular fall off steeply, and say nothing.
-    most = max(1, len(matrix.values) // 2) if rule == "gap" else None
+def _apply_rule(
+    arguments: argparse.Namespace, spectrum: MatrixSpectrum, rule: str
+) -> str:
+    """Return the rank that a rule chooses, or "-" if it needs other values."""
+    # The last values of a nearly singular matrix fall off steeply. That is no gap
+    # between signal and noise, so the rule sees only the first half.
+    num_values = len(spectrum.values)
+    max_rank = max(1, num_values // 2) if rule == "gap" else None
     try:
         rank, _ = choose_rank(
-            matrix.values,
+            spectrum.values,
             rule,
-            shape=matrix.shape,
-            norm=matrix.norm,
-            max_rank=most,
+            shape=spectrum.shape,
+            norm=spectrum.norm,
+            max_rank=max_rank,
             energy=arguments.energy,
             tolerance=arguments.tolerance,
         )
     except ValueError:
         return "-"
-    is_cut = rule != "gap" and rank == len(matrix.values) and not matrix.is_whole
-    return f"{rank} or more" if is_cut else str(rank)
+
+    is_lower_bound = rule != "gap" and rank == num_values and not spectrum.is_whole
+    return f"{rank} or more" if is_lower_bound else str(rank)
 
 
-def _print_budget(arguments, matrices):
+def _print_budget(
+    arguments: argparse.Namespace, spectra: Sequence[MatrixSpectrum]
+) -> None:
     ranks = allocate_ranks(
-        {matrix.name: matrix.values for matrix in matrices},
+        {spectrum.name: spectrum.values for spectrum in spectra},
         budget=arguments.budget,
-        shapes={matrix.name: matrix.shape for matrix in matrices},
+        shapes={spectrum.name: spectrum.shape for spectrum in spectra},
         multiple_of=arguments.multiple_of,
     )
-    spent = sum(
-        rank * sum(matrix.shape)
-        for rank, matrix in zip(ranks.values(), matrices, strict=True)
-    )
-    total = sum(matrix.norm**2 for matrix in matrices)
-    kept = sum(
-        np.sum(matrix.values[:rank] ** 2)
-        for rank, matrix in zip(ranks.values(), matrices, strict=True)
-    )
+    assert isinstance(ranks, dict)  # as the spectra
+
+    # Sum the parameters and the energy of the chosen ranks.
+    spent, kept = 0, 0.0
+    for spectrum, rank in zip(spectra, ranks.values(), strict=True):
+        spent += rank * sum(spectrum.shape)
+        kept += np.sum(spectrum.values[:rank] ** 2)
+    total = sum(spectrum.norm**2 for spectrum in spectra)
+
     print(
-        f"budget: {spent} of {arguments.budget} parameters, energy kept {kept / total:.3f}"
+        f"budget: {spent} of {arguments.budget} parameters, energy kept "
+        f"{kept / total:.3f}"
     )
     for name, rank in ranks.items():
         print(f"  {name}: {rank}")
-
-
-def _draw(arguments, matrices):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for number, matrix in enumerate(matrices):
-        ranks = np.arange(1, len(matrix.values) + 1)
-        label = matrix.name if number < _MOST_NAMES else None
-        left.loglog(ranks, matrix.values / (matrix.values[0] or 1), label=label)
-        right.semilogx(ranks, np.cumsum(matrix.values**2) / (matrix.norm**2 or 1))
-    left.set(xlabel="k", ylabel="singular value over the largest", title="Spectra")
-    right.set(
-        xlabel="rank",
-        ylabel="part of the squared norm",
-        title="Cumulative energy",
-        ylim=(0, 1.02),
-    )
-    right.axhline(arguments.energy, color="gray", linewidth=0.8, linestyle=":")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    if len(matrices) > _MOST_NAMES:
-        left.plot([], [], " ", label=f"and {len(matrices) - _MOST_NAMES} more")
-    figure.legend(loc="outside right upper", fontsize="small")
-    with replace_file(arguments.plot) as file:
-        figure.savefig(file, format="png", dpi=150)

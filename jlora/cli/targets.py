@@ -1,11 +1,19 @@
-"""`--targets`: which matrices of a file a command is about."""
+"""`--targets`: the matrices of a file that a command works on."""
 
+from __future__ import annotations
+
+import argparse
 import re
+from collections.abc import Mapping
 
-from jlora.adaptation.plan import make_plan
+import numpy as np
+
+from jlora.adaptation.plan import Plan, make_plan
+from jlora.adaptation.rule import Rule
 
 
-def add_targets(parser, verb):
+def add_targets(parser: argparse.ArgumentParser, verb: str) -> None:
+    """Add the option to a parser; the verb is for its help."""
     parser.add_argument(
         "--targets",
         default=".*",
@@ -14,18 +22,21 @@ def add_targets(parser, verb):
     )
 
 
-def check_targets(arguments):
+def check_targets(arguments: argparse.Namespace) -> None:
+    """Refuse a pattern that is no regular expression."""
     try:
         re.compile(arguments.targets)
     except re.error as error:
         raise ValueError(
-            f"`--targets` must be a regular expression, got {arguments.targets!r} ({error}). "
-            "Escape it."
+            "`--targets` must be a regular expression, got "
+            f"{arguments.targets!r} ({error}). Escape it."
         ) from None
 
 
-def plan_targets(arguments, arrays, rule):
-    """Return the plan of the one rule for the arrays of the file, which is named in an error."""
+def plan_targets(
+    arguments: argparse.Namespace, arrays: Mapping[str, np.ndarray], rule: Rule
+) -> Plan:
+    """Return the plan of one rule for the arrays of a file; errors name the file."""
     try:
         return make_plan(arrays, rule)
     except ValueError as error:

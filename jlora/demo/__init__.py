@@ -1,1 +1,1 @@
-"""The main job on text that every machine has."""
+"""A small language model, adapted to text that every machine with Python has."""

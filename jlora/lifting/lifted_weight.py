@@ -1,159 +1,161 @@
-"""`LiftedWeight`: an array that stays base + u @ v while a program moves it about."""
+"""`LiftedWeight`: an array that stays base + u @ v as a program reshapes it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import equinox
 import jax
 import jax.numpy as jnp
+import numpy as np
 import quax
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jaxtyping import ArrayLike
 
 from jlora._numerics import matmul
-from jlora.layouts import invert, list_axes, sort_axes
+from jlora._types import AnyArray, Array, Float
+from jlora.adaptation.adapted_weight import AdaptedWeight, read_base
+from jlora.layouts import (
+    complete_layout,
+    invert_permutation,
+    list_axes,
+    sort_axes,
+    split_shape,
+)
 
 
 class LiftedWeight(quax.ArrayValue):
-    """An array whose axes are batch axes, inputs and outputs, in any order: base + u @ v.
+    """An array base + u @ v whose axes are batch axes, inputs and outputs in any order.
 
-    u has the batch axes, the inputs and the rank; v the batch axes, the rank and the outputs; each
-    in the order in which the array has them. The scale is in u.
+    The layout has one letter per axis of the array: "b" batch, "i" input, "o" output.
+    Axes of one kind have the same order in the array and in the factors. The scale is
+    multiplied into u.
     """
 
-    base: jax.Array | None
-    u: jax.Array
-    v: jax.Array
-    letters: str = equinox.field(static=True)  # "b", "i" or "o" for each axis
-    path: str = equinox.field(static=True)
-    dtype_seen: object = equinox.field(static=True)  # what the program takes it for
-    can_form: bool = equinox.field(static=True)  # whether the whole array may be formed
+    base: Float[AnyArray, "..."] | None  # in the layout; None: no base
+    u: Float[Array, "..."]  # [*batch, *inputs, rank]
+    v: Float[Array, "..."]  # [*batch, rank, *outputs]
+    layout: str = equinox.field(static=True)
+    path: str = equinox.field(static=True)  # in the arguments of fn, for messages
+    dtype_seen: np.dtype = equinox.field(static=True)  # the dtype that the program sees
+    can_materialize: bool = equinox.field(static=True)  # by the user's choice
 
-    def aval(self):
-        return jax.core.ShapedArray(find_shape(self), self.dtype_seen)
+    def aval(self) -> ShapedArray:
+        return ShapedArray(find_shape(self), self.dtype_seen)
 
-    def materialise(self):
-        return form(self, "a value of the result")
+    def materialise(self) -> Array:
+        return materialize(self, "a value of the result")
 
     @staticmethod
-    def default(primitive, values, params):
-        """Form the weights that an operation without a rule needs whole, or refuse to."""
-        arrays = [
-            form(value, f"`{primitive}`") if isinstance(value, LiftedWeight) else value
-            for value in values
-        ]
+    def default(
+        primitive: Primitive, values: Sequence[Any], params: dict[str, Any]
+    ) -> Any:
+        """Return the result of an operation without a rule, on materialised weights."""
+        arrays = [to_array(value, f"`{primitive}`") for value in values]
         return primitive.bind(*arrays, **params)
 
 
-def form(weight, operation):
-    """Return the whole array, or raise if the user did not allow that."""
-    if not weight.can_form:
+def lift_weight(
+    weight: AdaptedWeight, path: str, *, can_materialize: bool
+) -> LiftedWeight:
+    """Return an adapted weight as a `LiftedWeight` that is named `path` in messages."""
+    u, v = weight.factors
+    u = u * jnp.asarray(weight.scale, u.dtype)
+
+    # Frozen columns of v have no gradient.
+    num_columns = weight.num_columns
+    if num_columns is not None and num_columns < v.shape[-1]:
+        frozen, trained = v[..., :-num_columns], v[..., -num_columns:]
+        v = jnp.concatenate([jax.lax.stop_gradient(frozen), trained], axis=-1)
+
+    # Split the rows of u and the columns of v into the axes of the weight.
+    batch, inputs, outputs = split_shape(weight.shape, weight.layout)
+    rank = u.shape[-1]
+    return LiftedWeight(
+        base=None if weight.base is None else read_base(weight),
+        u=u.reshape(*batch, *inputs, rank),
+        v=v.reshape(*batch, rank, *outputs),
+        layout=complete_layout(weight.layout, weight.ndim),
+        path=path,
+        dtype_seen=np.dtype(weight.dtype),
+        can_materialize=can_materialize,
+    )
+
+
+def materialize(weight: LiftedWeight, operation: str) -> Float[Array, "..."]:
+    """Return the full array, or raise if the user did not allow that.
+
+    Args:
+        weight: the weight.
+        operation: the one that needs the full array, for the message.
+    """
+    if not weight.can_materialize:
         raise ValueError(
-            f"{weight.path}: `fn` must use an adapted weight in products, lookups, convolutions, "
-            f"casts, slices and reshapes alone, got {operation} on shape {find_shape(weight)}. "
-            "Pass materialize=True, leave the weight out of the plan, or use jlora.on_merged."
+            f"{weight.path}: `fn` must use an adapted weight only in products, "
+            "lookups, convolutions, casts, slices and reshapes, got "
+            f"{operation} on shape {find_shape(weight)}. Pass materialize=True, leave "
+            "the weight out of the plan, or use jlora.on_merged."
         )
-    num_batch = weight.letters.count("b")
-    batch = weight.u.shape[:num_batch]
-    inputs, outputs = weight.u.shape[num_batch:-1], weight.v.shape[num_batch + 1 :]
-    u = weight.u.reshape(*batch, -1, weight.u.shape[-1])
-    v = weight.v.reshape(*batch, weight.v.shape[num_batch], -1)
+
+    # Multiply as matrices: all inputs as rows, all outputs as columns.
+    num_batch = weight.layout.count("b")
+    batch, inputs = weight.u.shape[:num_batch], weight.u.shape[num_batch:-1]
+    rank, *outputs = weight.v.shape[num_batch:]
+    u = weight.u.reshape(*batch, -1, rank)
+    v = weight.v.reshape(*batch, rank, -1)
     delta = matmul(u, v).reshape(*batch, *inputs, *outputs)
-    delta = jnp.transpose(delta, invert(sort_axes(weight.letters)))
-    total = delta if weight.base is None else weight.base.astype(delta.dtype) + delta
+
+    # Restore the layout and add the base.
+    delta = jnp.transpose(delta, invert_permutation(sort_axes(weight.layout)))
+    total = delta if weight.base is None else delta + weight.base.astype(delta.dtype)
     return total.astype(weight.dtype_seen)
 
 
-def settle(weight):
-    """Return the weight, or its values where it has lost its inputs or its outputs: vectors."""
-    if "i" in weight.letters and "o" in weight.letters:
+def to_array(value: LiftedWeight | ArrayLike, operation: str) -> ArrayLike:
+    """Return the value as an array: a weight is materialised, an array unchanged."""
+    return materialize(value, operation) if isinstance(value, LiftedWeight) else value
+
+
+def to_array_if_vector(weight: LiftedWeight) -> LiftedWeight | Array:
+    """Return the weight, or its values if no inputs or no outputs remain.
+
+    Without one of the two the array is a vector, or a batch of vectors. It is as small
+    as a factor, so it is materialised whether the user allowed that or not.
+    """
+    if "i" in weight.layout and "o" in weight.layout:
         return weight
-    return form(replace(weight, can_form=True), "a vector")
+    return materialize(replace(weight, can_materialize=True), "a vector")
 
 
-def replace(weight, **changes):
+def replace(weight: LiftedWeight, **changes: Any) -> LiftedWeight:
     """Return the weight with some fields changed."""
-    names = ("base", "u", "v", "letters", "path", "dtype_seen", "can_form")
+    names = ("base", "u", "v", "layout", "path", "dtype_seen", "can_materialize")
     return LiftedWeight(**{name: getattr(weight, name) for name in names} | changes)
 
 
-def find_shape(weight):
-    num_batch = weight.letters.count("b")
-    sizes = {
+def find_shape(weight: LiftedWeight) -> tuple[int, ...]:
+    """Return the shape of the full array."""
+    num_batch = weight.layout.count("b")
+    sizes: dict[str, Iterator[int]] = {
         "b": iter(weight.u.shape[:num_batch]),
         "i": iter(weight.u.shape[num_batch:-1]),
         "o": iter(weight.v.shape[num_batch + 1 :]),
     }
-    return tuple(next(sizes[letter]) for letter in weight.letters)
+    return tuple(next(sizes[letter]) for letter in weight.layout)
 
 
-def locate(letters, axis):
-    """Return [(name, axis)] of the factors that have an axis of the array."""
-    num_batch, kind = letters.count("b"), letters[axis]
-    place = list_axes(letters, kind).index(axis)
-    if kind == "b":
-        return [("u", place), ("v", place)]
-    return [("u", num_batch + place)] if kind == "i" else [("v", num_batch + 1 + place)]
+def locate_axis(layout: str, axis: int) -> dict[str, int]:
+    """Return {"u" or "v": axis of that factor} for the factors that have an axis."""
+    num_batch, letter = layout.count("b"), layout[axis]
+    index = list_axes(layout, letter).index(axis)
+    if letter == "b":
+        return {"u": index, "v": index}
+    return {"u": num_batch + index} if letter == "i" else {"v": num_batch + 1 + index}
 
 
-def map_arrays(weight, fn):
-    """Return the weight with fn(name, array) in place of its base and of each factor."""
+def map_arrays(
+    weight: LiftedWeight, fn: Callable[[str, AnyArray], AnyArray]
+) -> LiftedWeight:
+    """Return the weight with fn(name, array) in place of its base, u and v."""
     base = None if weight.base is None else fn("base", weight.base)
     return replace(weight, base=base, u=fn("u", weight.u), v=fn("v", weight.v))
-
-
-def reshape_weight(weight, shape):
-    """Return the weight of another shape, or None where that mixes inputs with outputs."""
-    letters = _match_letters(find_shape(weight), weight.letters, shape)
-    if letters is None:
-        return None
-    sizes = {kind: [shape[axis] for axis in list_axes(letters, kind)] for kind in "bio"}
-    rank = weight.u.shape[-1]
-    return replace(
-        weight,
-        base=None if weight.base is None else weight.base.reshape(shape),
-        u=weight.u.reshape(*sizes["b"], *sizes["i"], rank),
-        v=weight.v.reshape(*sizes["b"], rank, *sizes["o"]),
-        letters=letters,
-    )
-
-
-def _match_letters(old_shape, letters, new_shape):
-    """Return the letters of the new axes: each run of axes that is joined or cut has one kind."""
-    new_letters, new_axis = [None] * len(new_shape), 0
-    old = [
-        (size, letter)
-        for size, letter in zip(old_shape, letters, strict=True)
-        if size != 1
-    ]
-    rest = [axis for axis, size in enumerate(new_shape) if size != 1]
-    at = 0
-    while at < len(old):
-        old_size, kind = old[at]
-        at += 1
-        if new_axis == len(rest):
-            return None
-        run = [rest[new_axis]]
-        new_size = new_shape[rest[new_axis]]
-        new_axis += 1
-        while old_size != new_size:
-            if old_size < new_size:
-                if at == len(old) or old[at][1] != kind:
-                    return None
-                old_size *= old[at][0]
-                at += 1
-            else:
-                if new_axis == len(rest):
-                    return None
-                run.append(rest[new_axis])
-                new_size *= new_shape[rest[new_axis]]
-                new_axis += 1
-        for axis in run:
-            new_letters[axis] = kind
-    return _name_ones(new_letters)
-
-
-def _name_ones(letters):
-    """Return the letters with one for each axis of size one: as the next axis, else the last."""
-    following = None
-    for axis in reversed(range(len(letters))):
-        letters[axis] = following = letters[axis] or following
-    previous = "i"
-    for axis, letter in enumerate(letters):
-        letters[axis] = previous = letter or previous
-    return "".join(letters)

@@ -1,198 +1,229 @@
-"""Rules for what moves an array about: casts, transposes, reshapes, slices, scalar factors."""
+"""Rules whose result is a weight: casts, transposes, reshapes, slices, scaling."""
 
-import jax
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax.numpy as jnp
+import numpy as np
 import quax
 from jax import lax
 from jaxtyping import ArrayLike
 
+from jlora._types import AnyArray, Array
 from jlora.layouts import list_axes
 from jlora.lifting.lifted_weight import (
     LiftedWeight,
     find_shape,
-    form,
-    locate,
+    locate_axis,
     map_arrays,
+    materialize,
     replace,
-    reshape_weight,
-    settle,
+    to_array_if_vector,
 )
+from jlora.lifting.reshaping import reshape_weight
 
 
 @quax.register(lax.convert_element_type_p)
-def convert(w: LiftedWeight, *, new_dtype, **params):
+def convert_dtype(
+    w: LiftedWeight, *, new_dtype: np.dtype, **params: Any
+) -> LiftedWeight | Array:
     if not jnp.issubdtype(new_dtype, jnp.floating):
-        return LiftedWeight.default(
-            lax.convert_element_type_p, (w,), {"new_dtype": new_dtype, **params}
-        )
+        params = {"new_dtype": new_dtype, **params}
+        return LiftedWeight.default(lax.convert_element_type_p, (w,), params)
+
+    # The factors keep their dtype; products cast them.
     base = None if w.base is None else w.base.astype(new_dtype)
     return replace(w, base=base, dtype_seen=jnp.dtype(new_dtype))
 
 
 @quax.register(lax.transpose_p)
-def transpose(w: LiftedWeight, *, permutation):
-    letters = "".join(w.letters[axis] for axis in permutation)
-    orders = {
-        kind: [axis for axis in permutation if w.letters[axis] == kind]
-        for kind in "bio"
-    }
-    # Where each axis of a kind stood among those of its kind.
-    places = {
-        kind: [list_axes(w.letters, kind).index(axis) for axis in order]
-        for kind, order in orders.items()
-    }
-    num_batch = len(places["b"])
-    u_order = [
-        *places["b"],
-        *(num_batch + place for place in places["i"]),
-        w.u.ndim - 1,
-    ]
-    v_order = [
-        *places["b"],
-        num_batch,
-        *(num_batch + 1 + place for place in places["o"]),
-    ]
+def transpose(w: LiftedWeight, *, permutation: Sequence[int]) -> LiftedWeight:
+    # Each factor keeps its kinds of axes in order; permute the axes within each kind.
+    batch, inputs, outputs = (
+        _permute_within(w.layout, permutation, letter) for letter in "bio"
+    )
+
+    # u is [*batch, *inputs, rank], and v is [*batch, rank, *outputs].
+    num_batch = len(batch)
+    u_order = [*batch, *(num_batch + index for index in inputs), w.u.ndim - 1]
+    v_order = [*batch, num_batch, *(num_batch + 1 + index for index in outputs)]
+
     return replace(
         w,
-        letters=letters,
+        layout="".join(w.layout[axis] for axis in permutation),
         u=jnp.transpose(w.u, u_order),
         v=jnp.transpose(w.v, v_order),
         base=None if w.base is None else jnp.transpose(w.base, permutation),
     )
 
 
+def _permute_within(layout: str, permutation: Sequence[int], letter: str) -> list[int]:
+    """Return the permutation of the axes of one kind, counted among that kind."""
+    axes = list_axes(layout, letter)
+    return [axes.index(axis) for axis in permutation if layout[axis] == letter]
+
+
 @quax.register(lax.reshape_p)
-def reshape(w: LiftedWeight, *, new_sizes, dimensions, **params):
-    moved = None if dimensions is not None else reshape_weight(w, new_sizes)
-    if moved is None:
-        return lax.reshape(
-            form(w, "`reshape` of inputs with outputs"), new_sizes, dimensions
-        )
-    return settle(moved)
+def reshape(
+    w: LiftedWeight,
+    *,
+    new_sizes: Sequence[int],
+    dimensions: Sequence[int] | None,
+    **params: Any,
+) -> LiftedWeight | Array:
+    reshaped = None if dimensions is not None else reshape_weight(w, new_sizes)
+    if reshaped is None:
+        array = materialize(w, "`reshape` of inputs with outputs")
+        return lax.reshape(array, new_sizes, dimensions)
+    return to_array_if_vector(reshaped)
 
 
 @quax.register(lax.squeeze_p)
-def squeeze(w: LiftedWeight, *, dimensions):
-    shape = find_shape(w)
-    return settle(_drop_axes(w, [axis % len(shape) for axis in dimensions]))
+def squeeze(w: LiftedWeight, *, dimensions: Sequence[int]) -> LiftedWeight | Array:
+    axes = [axis % len(w.layout) for axis in dimensions]
+
+    # Find the axes to drop in the base and in each factor.
+    dropped: dict[str, list[int]] = {"base": axes, "u": [], "v": []}
+    for axis in axes:
+        for name, factor_axis in locate_axis(w.layout, axis).items():
+            dropped[name].append(factor_axis)
+
+    squeezed = map_arrays(w, lambda name, array: lax.squeeze(array, dropped[name]))
+    layout = "".join(letter for axis, letter in enumerate(w.layout) if axis not in axes)
+    return to_array_if_vector(replace(squeezed, layout=layout))
 
 
 @quax.register(lax.broadcast_in_dim_p)
 def broadcast(
-    w: LiftedWeight, *dynamic: ArrayLike, shape, broadcast_dimensions, **params
-):
-    old, kept = find_shape(w), set(broadcast_dimensions)
-    grows = any(
-        shape[new] != size for new, size in zip(broadcast_dimensions, old, strict=True)
-    )
-    if grows or any(size != 1 for axis, size in enumerate(shape) if axis not in kept):
+    w: LiftedWeight,
+    *dynamic: ArrayLike,
+    shape: Sequence[int],
+    broadcast_dimensions: Sequence[int],
+    **params: Any,
+) -> LiftedWeight | Array:
+    old_sizes = [1] * len(shape)
+    for axis, size in zip(broadcast_dimensions, find_shape(w), strict=True):
+        old_sizes[axis] = size
+
+    # Only new axes of size one leave the values where they are.
+    reshaped = reshape_weight(w, shape) if old_sizes == list(shape) else None
+    if reshaped is None:
         params |= {"shape": shape, "broadcast_dimensions": broadcast_dimensions}
         return LiftedWeight.default(lax.broadcast_in_dim_p, (w, *dynamic), params)
-    return reshape_weight(w, shape)
+    return reshaped
 
 
 @quax.register(lax.slice_p)
-def slice_static(w: LiftedWeight, *, start_indices, limit_indices, strides):
-    for axis, size in enumerate(find_shape(w)):
-        stride = 1 if strides is None else strides[axis]
-        if (start_indices[axis], limit_indices[axis], stride) != (0, size, 1):
-            cut = (start_indices[axis], limit_indices[axis], stride)
-            w = _slice_axis(w, axis, *cut)
+def slice_static(
+    w: LiftedWeight,
+    *,
+    start_indices: Sequence[int],
+    limit_indices: Sequence[int],
+    strides: Sequence[int] | None,
+) -> LiftedWeight:
+    strides = strides or [1] * len(start_indices)
+    bounds = zip(start_indices, limit_indices, strides, strict=True)
+    for axis, (size, bound) in enumerate(zip(find_shape(w), bounds, strict=True)):
+        if bound != (0, size, 1):
+            w = _slice_axis(w, axis, *bound)
     return w
 
 
 @quax.register(lax.dynamic_slice_p)
-def slice_dynamic(w: LiftedWeight, *starts: ArrayLike, slice_sizes):
+def slice_dynamic(
+    w: LiftedWeight, *starts: ArrayLike, slice_sizes: Sequence[int]
+) -> LiftedWeight:
     for axis, size in enumerate(find_shape(w)):
         if slice_sizes[axis] != size:
-            cut = (starts[axis], slice_sizes[axis])
-            w = _map_axis(
-                w, axis, lambda a, at, cut=cut: lax.dynamic_slice_in_dim(a, *cut, at)
-            )
+            w = _slice_axis_dynamically(w, axis, starts[axis], slice_sizes[axis])
     return w
 
 
 @quax.register(lax.split_p)
-def split(w: LiftedWeight, *, sizes, axis):
-    parts, start = [], 0
+def split(
+    w: LiftedWeight, *, sizes: Sequence[int | np.integer], axis: int
+) -> list[LiftedWeight]:
+    pieces, start = [], 0
     for size in map(int, sizes):
-        parts.append(_slice_axis(w, axis, start, start + size))
+        pieces.append(_slice_axis(w, axis, start, start + size))
         start += size
-    return parts
+    return pieces
 
 
 @quax.register(lax.neg_p)
-def negate(w: LiftedWeight):
-    return _scale(w, jnp.asarray(-1, w.dtype_seen))
+def negate(w: LiftedWeight) -> LiftedWeight:
+    return _scale_arrays(w, jnp.asarray(-1, w.dtype_seen))
 
 
 @quax.register(lax.mul_p)
-def multiply(w: LiftedWeight, factor: ArrayLike, **params):
+def scale(w: LiftedWeight, factor: ArrayLike, **params: Any) -> LiftedWeight | Array:
     if jnp.size(factor) != 1:
         return LiftedWeight.default(lax.mul_p, (w, factor), params)
-    return _scale(w, factor)
+    return _scale_arrays(w, factor)
 
 
 @quax.register(lax.mul_p)
-def multiply_from_left(factor: ArrayLike, w: LiftedWeight, **params):
-    return multiply(w, factor, **params)
+def scale_reversed(
+    factor: ArrayLike, w: LiftedWeight, **params: Any
+) -> LiftedWeight | Array:
+    return scale(w, factor, **params)
 
 
 @quax.register(lax.div_p)
-def divide(w: LiftedWeight, divisor: ArrayLike, **params):
+def divide(w: LiftedWeight, divisor: ArrayLike, **params: Any) -> LiftedWeight | Array:
     if jnp.size(divisor) != 1:
         return LiftedWeight.default(lax.div_p, (w, divisor), params)
-    return _scale(w, 1 / jnp.asarray(divisor))
+    return _scale_arrays(w, 1 / jnp.asarray(divisor))
 
 
 @quax.register(lax.stop_gradient_p)
-def stop_gradient(w: LiftedWeight):
+def stop_gradient(w: LiftedWeight) -> LiftedWeight:
     return map_arrays(w, lambda name, array: lax.stop_gradient(array))
 
 
 @quax.register(lax.copy_p)
-def copy(w: LiftedWeight):
+def copy(w: LiftedWeight) -> LiftedWeight:
     return w
 
 
 @quax.register(lax.sharding_constraint_p)
-def constrain_sharding(w: LiftedWeight, **params):
-    # It is about the large array; the thin factors go where the compiler puts them.
+def shard_base(w: LiftedWeight, **params: Any) -> LiftedWeight:
+    # The constraint is about the large array; the compiler places the thin factors.
     base = None if w.base is None else lax.sharding_constraint_p.bind(w.base, **params)
     return replace(w, base=base)
 
 
-def _scale(w, factor):
+def _scale_arrays(w: LiftedWeight, factor: ArrayLike) -> LiftedWeight:
     factor = jnp.reshape(jnp.asarray(factor), ())
     base = None if w.base is None else w.base * factor.astype(w.base.dtype)
     return replace(w, base=base, u=w.u * factor.astype(w.u.dtype))
 
 
-def _slice_axis(w, axis, *cut):
-    return _map_axis(w, axis, lambda array, at: lax.slice_in_dim(array, *cut, axis=at))
+def _slice_axis(
+    w: LiftedWeight, axis: int, start: int, limit: int, stride: int = 1
+) -> LiftedWeight:
+    def slice_array(array: AnyArray, array_axis: int) -> Array:
+        return lax.slice_in_dim(array, start, limit, stride, axis=array_axis)
+
+    return _map_axis(w, axis, slice_array)
 
 
-def _map_axis(w, axis, cut):
-    """Return the weight with cut(array, axis) done to what has that axis of the array."""
-    places = dict(locate(w.letters, axis)) | {"base": axis}
-    return map_arrays(
-        w, lambda name, array: cut(array, places[name]) if name in places else array
-    )
+def _slice_axis_dynamically(
+    w: LiftedWeight, axis: int, start: ArrayLike, size: int
+) -> LiftedWeight:
+    def slice_array(array: AnyArray, array_axis: int) -> Array:
+        return lax.dynamic_slice_in_dim(array, start, size, array_axis)
+
+    return _map_axis(w, axis, slice_array)
 
 
-def _drop_axes(w, axes):
-    """Return the weight without axes of size one."""
-    places = {
-        name: [
-            at
-            for axis in axes
-            for found, at in locate(w.letters, axis)
-            if found == name
-        ]
-        for name in ("u", "v")
-    } | {"base": list(axes)}
-    letters = "".join(
-        letter for axis, letter in enumerate(w.letters) if axis not in axes
-    )
-    dropped = map_arrays(w, lambda name, array: jax.lax.squeeze(array, places[name]))
-    return replace(dropped, letters=letters)
+def _map_axis(
+    w: LiftedWeight, axis: int, fn: Callable[[AnyArray, int], AnyArray]
+) -> LiftedWeight:
+    """Return the weight with fn(array, axis) in place of each array with the axis."""
+    axes = {"base": axis, **locate_axis(w.layout, axis)}
+
+    def map_array(name: str, array: AnyArray) -> AnyArray:
+        return fn(array, axes[name]) if name in axes else array
+
+    return map_arrays(w, map_array)

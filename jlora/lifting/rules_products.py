@@ -1,6 +1,8 @@
-"""Rules for what multiplies a weight: products of any orientation, lookups, convolutions."""
+"""Rules that multiply a weight: matrix products in any orientation, convolutions."""
 
 import string
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import quax
@@ -8,59 +10,87 @@ from jax import lax
 from jaxtyping import ArrayLike
 
 from jlora._numerics import common_dtype, compute_dtype
+from jlora._types import Array, Float
 from jlora.layouts import list_axes
-from jlora.lifting.lifted_weight import (
-    LiftedWeight,
-    find_shape,
-    form,
-    locate,
-    replace,
-    reshape_weight,
-    settle,
-)
-from jlora.lifting.rules_layout import transpose
+from jlora.lifting.lifted_weight import LiftedWeight, find_shape
+
+# Axes of the left operand, and of the right one.
+AxesOfBoth = tuple[Sequence[int], Sequence[int]]
+
+
+class _Labels(NamedTuple):
+    """One letter per axis, as in an einsum: axes with one letter are multiplied."""
+
+    w: list[str]
+    x: list[str]
+    out: list[str]
+
+
+class _Operand(NamedTuple):
+    """An array and the letters of its axes."""
+
+    array: Float[Array, "..."]
+    labels: list[str]
 
 
 @quax.register(lax.dot_general_p)
-def multiply_weight(w: LiftedWeight, x: ArrayLike, *, dimension_numbers, **params):
+def multiply_left(
+    w: LiftedWeight,
+    x: ArrayLike,
+    *,
+    dimension_numbers: tuple[AxesOfBoth, AxesOfBoth],
+    **params: Any,
+) -> Array:
     return _multiply(w, jnp.asarray(x), dimension_numbers, params, is_left=True)
 
 
 @quax.register(lax.dot_general_p)
-def multiply_by_weight(x: ArrayLike, w: LiftedWeight, *, dimension_numbers, **params):
+def multiply_right(
+    x: ArrayLike,
+    w: LiftedWeight,
+    *,
+    dimension_numbers: tuple[AxesOfBoth, AxesOfBoth],
+    **params: Any,
+) -> Array:
     return _multiply(w, jnp.asarray(x), dimension_numbers, params, is_left=False)
 
 
-def _multiply(w, x, dimension_numbers, params, *, is_left):
-    sides = (w, x) if is_left else (x, w)
-    contracting, batch = dimension_numbers
-    labels = _label_axes(
-        [find_shape(w) if side is w else side.shape for side in sides],
-        contracting,
-        batch,
-    )
-    w_labels, x_labels = labels if is_left else labels[::-1]
-    shared = [labels[0][axis] for axis in batch[0]]
-    free = [
-        label
-        for at in (0, 1)
-        for axis, label in enumerate(labels[at])
-        if axis not in contracting[at] and axis not in batch[at]
-    ]
-    dtype = params.get("preferred_element_type") or common_dtype(x.dtype, w.dtype_seen)
-    working = common_dtype(x.dtype, w.dtype_seen)
+def _multiply(
+    w: LiftedWeight,
+    x: Array,
+    dimension_numbers: tuple[AxesOfBoth, AxesOfBoth],
+    params: dict[str, Any],
+    *,
+    is_left: bool,
+) -> Array:
+    """Return the product of a weight and an array, its terms base and u @ v summed.
+
+    Args:
+        w: the weight.
+        x: the array.
+        dimension_numbers: (contracting, batch) axes of the left and the right operand.
+        params: the other parameters of the primitive.
+        is_left: whether w is the left operand.
+    """
+    # Sum in at least float32, and cast to the dtype that the program asks for.
+    operand_dtype = common_dtype(x.dtype, w.dtype_seen)
+    dtype = params.get("preferred_element_type") or operand_dtype
     settings = {
         "precision": params.get("precision"),
-        "preferred_element_type": compute_dtype(working, dtype),
+        "preferred_element_type": compute_dtype(operand_dtype, dtype),
     }
-    delta = _contract(
-        w, w_labels, x.astype(working), x_labels, [*shared, *free], is_left, settings
+
+    # Multiply by the factors.
+    labels = _label_axes(find_shape(w), x.shape, dimension_numbers, is_left=is_left)
+    delta = _multiply_factors(
+        w, x.astype(operand_dtype), labels, settings, is_left=is_left
     )
     if w.base is None:
         return delta.astype(dtype)
-    operands = (w.base, x) if is_left else (x, w.base)
+
+    # Multiply by the base as the plain program does.
     plain = lax.dot_general(
-        *operands,
+        *((w.base, x) if is_left else (x, w.base)),
         dimension_numbers,
         out_sharding=params.get("out_sharding"),
         **settings,
@@ -68,64 +98,91 @@ def _multiply(w, x, dimension_numbers, params, *, is_left):
     return (plain + delta).astype(dtype)
 
 
-def _label_axes(shapes, contracting, batch):
-    """Return a letter for each axis of both operands, shared where they meet."""
-    names = iter(string.ascii_letters)
-    labels = [[None] * len(shape) for shape in shapes]
-    for meeting in (contracting, batch):
-        for left, right in zip(*meeting, strict=True):
-            labels[0][left] = labels[1][right] = next(names)
-    return [[label or next(names) for label in side] for side in labels]
+def _label_axes(
+    w_shape: Sequence[int],
+    x_shape: Sequence[int],
+    dimension_numbers: tuple[AxesOfBoth, AxesOfBoth],
+    *,
+    is_left: bool,
+) -> _Labels:
+    """Return a letter for each axis: shared axes of both operands have the same one."""
+    contracting, batch = dimension_numbers
+    letters = iter(string.ascii_letters)
+    shapes = (w_shape, x_shape) if is_left else (x_shape, w_shape)
+    labels: list[list[Any]] = [[None] * len(shape) for shape in shapes]
+
+    # Label the axes that both operands have, then the others.
+    for shared in (contracting, batch):
+        for left_axis, right_axis in zip(*shared, strict=True):
+            labels[0][left_axis] = labels[1][right_axis] = next(letters)
+    left, right = ([label or next(letters) for label in side] for side in labels)
+
+    # The result has the batch axes, then the free axes of the left and the right.
+    out = [left[axis] for axis in batch[0]]
+    used = {*out, *(left[axis] for axis in contracting[0])}
+    out += [label for label in (*left, *right) if label not in used]
+    return _Labels(left, right, out) if is_left else _Labels(right, left, out)
 
 
-def _contract(w, w_labels, x, x_labels, out, is_left, settings):
-    """Return x contracted with one factor, and the thin result with the other."""
-    taken = {*w_labels, *x_labels}
-    rank = next(name for name in string.ascii_letters if name not in taken)
+def _multiply_factors(
+    w: LiftedWeight,
+    x: Array,
+    labels: _Labels,
+    settings: dict[str, Any],
+    *,
+    is_left: bool,
+) -> Array:
+    """Return x times one factor, and this thin result times the other factor."""
+    # Label the factors: u is [*batch, *inputs, rank], v is [*batch, rank, *outputs].
+    used = {*labels.w, *labels.x}
+    rank = next(letter for letter in string.ascii_letters if letter not in used)
     batch, inputs, outputs = (
-        [w_labels[axis] for axis in list_axes(w.letters, kind)] for kind in "bio"
+        [labels.w[axis] for axis in list_axes(w.layout, letter)] for letter in "bio"
     )
-    u = w.u.astype(x.dtype), [*batch, *inputs, rank]
-    v = w.v.astype(x.dtype), [*batch, rank, *outputs]
-    meets = [label in x_labels for label in inputs]
-    first, second = (u, v) if any(meets) or not outputs else (v, u)
-    kept = [
-        label
-        for label in dict.fromkeys([*x_labels, *first[1]])
-        if label in out or label in second[1]
-    ]
-    thin = _einsum(x, x_labels, *first, kept, is_left, settings).astype(x.dtype)
-    return _einsum(thin, kept, *second, out, is_left, settings)
+    u = _Operand(w.u.astype(x.dtype), [*batch, *inputs, rank])
+    v = _Operand(w.v.astype(x.dtype), [*batch, rank, *outputs])
+
+    # The first factor must share inputs or outputs with x, or the first product is not
+    # thin: x @ w starts with u, and w @ x with v.
+    shares_inputs = any(label in labels.x for label in inputs)
+    first, second = (u, v) if shares_inputs or not outputs else (v, u)
+
+    # Sum over each axis as soon as nothing else has it.
+    needed = {*labels.out, *second.labels}
+    all_labels = dict.fromkeys([*labels.x, *first.labels])
+    thin_labels = [label for label in all_labels if label in needed]
+    operand = _Operand(x, labels.x)
+    thin = _einsum(operand, first, thin_labels, settings, is_left).astype(x.dtype)
+    return _einsum(_Operand(thin, thin_labels), second, labels.out, settings, is_left)
 
 
-def _einsum(x, x_labels, factor, factor_labels, out, is_left, settings):
-    operands = [(x_labels, x), (factor_labels, factor)]
-    if is_left:
-        operands.reverse()
-    names = ",".join("".join(labels) for labels, _ in operands)
-    arrays = [array for _, array in operands]
-    return jnp.einsum(f"{names}->{''.join(out)}", *arrays, **settings)
+def _einsum(
+    x: _Operand,
+    factor: _Operand,
+    out: list[str],
+    settings: dict[str, Any],
+    factor_is_left: bool,
+) -> Array:
+    left, right = (factor, x) if factor_is_left else (x, factor)
+    subscripts = f"{''.join(left.labels)},{''.join(right.labels)}->{''.join(out)}"
+    return jnp.einsum(subscripts, left.array, right.array, **settings)
 
 
 @quax.register(lax.conv_general_dilated_p)
-def convolve(x: ArrayLike, w: LiftedWeight, **params):
-    numbers = params["dimension_numbers"]
-    out_axis, *input_axes = numbers.rhs_spec
-    fits = w.letters[out_axis] == "o" and all(
-        w.letters[axis] == "i" for axis in input_axes
-    )
-    if (
-        not fits
-        or params["feature_group_count"] != 1
-        or params["batch_group_count"] != 1
-    ):
+def convolve(x: ArrayLike, w: LiftedWeight, **params: Any) -> Array:
+    if not _is_factorable(w.layout, params):
         return LiftedWeight.default(lax.conv_general_dilated_p, (x, w), params)
+
+    # Sum in at least float32, and cast to the dtype that the program asks for.
     x = jnp.asarray(x)
     dtype = params["preferred_element_type"] or common_dtype(x.dtype, w.dtype_seen)
     params |= {"preferred_element_type": compute_dtype(x.dtype, dtype)}
+
+    # Convolve with u, a kernel of few output features, and multiply these by v.
+    numbers = params["dimension_numbers"]
+    out_axis, features = numbers.rhs_spec[0], numbers.out_spec[1]
     kernel = jnp.moveaxis(w.u, -1, out_axis).astype(x.dtype)
     thin = lax.conv_general_dilated_p.bind(x, kernel, **params).astype(x.dtype)
-    features = numbers.out_spec[1]
     delta = jnp.tensordot(
         thin,
         w.v.astype(x.dtype),
@@ -136,108 +193,15 @@ def convolve(x: ArrayLike, w: LiftedWeight, **params):
     delta = jnp.moveaxis(delta, -1, features)
     if w.base is None:
         return delta.astype(dtype)
+
     plain = lax.conv_general_dilated_p.bind(x, w.base, **params)
     return (plain + delta).astype(dtype)
 
 
-@quax.register(lax.gather_p)
-def look_up(w: LiftedWeight, indices: ArrayLike, **params):
-    indices, axis = _find_axis(find_shape(w), jnp.asarray(indices), params)
-    if axis is None:
-        return LiftedWeight.default(lax.gather_p, (w, indices), params)
-    numbers = params["dimension_numbers"]
-    gathered = {
-        name: _gather(getattr(w, name), at, indices, params, is_factor=name != "base")
-        for name, at in [*locate(w.letters, axis), ("base", axis)]
-        if getattr(w, name) is not None
-    }
-    if w.base is None and params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
-        gathered["base"] = _fill_nothing(find_shape(w), axis, indices, params)
-    num_new = indices.ndim - 1
-    letters = w.letters[axis] * num_new + w.letters[:axis] + w.letters[axis + 1 :]
-    found = replace(w, letters=letters, **_sort_new_axes(w, axis, num_new, gathered))
-    if axis not in numbers.collapsed_slice_dims:
-        shape = find_shape(found)
-        found = reshape_weight(
-            found, (*shape[: num_new + axis], 1, *shape[num_new + axis :])
-        )
-    order = _order_result(num_new, len(found.letters), numbers.offset_dims)
-    found = transpose(found, permutation=order)
-    # What was looked up is activations; a matrix taken from a stack is a weight still.
-    if w.letters[axis] == "b":
-        return settle(found)
-    return form(replace(found, can_form=True), "`gather`")
-
-
-def _find_axis(shape, indices, params):
-    """Return (indices [..., 1], axis) of a lookup along one axis; axis None: it is another one."""
-    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-    cut = [axis for axis, size in enumerate(shape) if sizes[axis] != size]
-    axis = cut[0] if cut else numbers.start_index_map[0]
-    places = numbers.start_index_map
-    # Where the whole of an axis is taken its index can only be zero, but for a fill.
-    others_are_zero = (
-        len(places) == 1 or params["mode"] != lax.GatherScatterMode.FILL_OR_DROP
-    )
-    fits = (
-        len(cut) <= 1
-        and sizes[axis] == 1
-        and axis in places
-        and others_are_zero
-        and set(numbers.collapsed_slice_dims) <= {axis}
-        and not numbers.operand_batching_dims
-    )
-    if not fits:
-        return indices, None
-    place = places.index(axis)
-    return indices[..., place : place + 1], axis
-
-
-def _gather(array, axis, indices, params, *, is_factor):
-    """Return array[..., indices, ...] with the axes of the indices in front."""
-    num_new, num_kept = indices.ndim - 1, array.ndim - 1
-    numbers = lax.GatherDimensionNumbers(
-        offset_dims=tuple(range(num_new, num_new + num_kept)),
-        collapsed_slice_dims=(axis,),
-        start_index_map=(axis,),
-    )
-    sizes = tuple(1 if at == axis else size for at, size in enumerate(array.shape))
-    changed = params | {"dimension_numbers": numbers, "slice_sizes": sizes}
-    if is_factor:  # what is filled in comes with the base
-        changed["fill_value"] = 0
-    return lax.gather_p.bind(array, indices, **changed)
-
-
-def _fill_nothing(shape, axis, indices, params):
-    """Return what a lookup in zeros gives: zeros, and what is filled in for missing indices."""
-    thin = jnp.zeros(
-        [size if at == axis else 1 for at, size in enumerate(shape)], jnp.float32
-    )
-    found = _gather(thin, axis, indices, params, is_factor=False)
-    return jnp.broadcast_to(
-        found, (*found.shape[: indices.ndim - 1], *shape[:axis], *shape[axis + 1 :])
-    )
-
-
-def _sort_new_axes(w, axis, num_new, gathered):
-    """Return the gathered arrays, the new axes of each among those of their kind."""
-    num_batch = w.letters.count("b")
-    starts = {
-        "base": 0,
-        "u": num_batch if w.letters[axis] == "i" else 0,
-        "v": num_batch + 1 if w.letters[axis] == "o" else 0,
-    }
-    return {
-        name: jnp.moveaxis(
-            array, range(num_new), range(starts[name], starts[name] + num_new)
-        )
-        for name, array in gathered.items()
-    }
-
-
-def _order_result(num_new, ndim, offset_dims):
-    """Return the permutation that puts the axes that were kept at `offset_dims`."""
-    kept, new = iter(range(num_new, ndim)), iter(range(num_new))
-    return tuple(
-        next(kept) if axis in offset_dims else next(new) for axis in range(ndim)
-    )
+def _is_factorable(layout: str, params: dict[str, Any]) -> bool:
+    """Return whether a convolution with u and a product with v make the convolution."""
+    out_axis, *other_axes = params["dimension_numbers"].rhs_spec
+    has_one_output = layout[out_axis] == "o"
+    has_inputs = all(layout[axis] == "i" for axis in other_axes)
+    num_groups = params["feature_group_count"], params["batch_group_count"]
+    return has_one_output and has_inputs and num_groups == (1, 1)
