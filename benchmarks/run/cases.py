@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks.run.matrices import make_matrix
 
-# Rows are inputs, columns are outputs, as in the JAX kernel x @ w.
+# (m, n) = (inputs, outputs), as in x @ w.
 MODEL_SHAPES = {
     "llama-2-7b": {
         "attention": (4096, 4096),
@@ -46,79 +46,78 @@ MODEL_SHAPES = {
 
 
 class Case(NamedTuple):
-    """One problem. `layers` matrices [m, n], or one without a batch axis where it is 0."""
+    """One problem: a matrix [m, n] of a known model, or a stack [layers, m, n]."""
 
     model: str
     layer: str
     rank: int
-    spectrum: str = "spiked"  # a name of benchmarks.matrices.SPECTRA, or "pretrained"
+    spectrum: str = "spiked"  # a name of matrices.SPECTRA, or "pretrained"
     dtype: str = "float32"
-    layers: int = 0
-    tokens: int = 0  # rows of activations, where the operation has them
+    layers: int = 0  # 0: one matrix without a batch axis
+    tokens: int = 0  # rows of activations; 0: the operation has none
 
     @property
-    def shape(self):
-        """(m, n) of one matrix."""
+    def shape(self) -> tuple[int, int]:
+        """The sizes (m, n) of one matrix."""
         return MODEL_SHAPES[self.model][self.layer]
 
     @property
-    def name(self):
+    def name(self) -> str:
+        """The name by which records and reports know this case."""
         m, n = self.shape
         batch = f"{self.layers}×" if self.layers else ""
         tokens = f", {self.tokens} tokens" if self.tokens else ""
-        return (
-            f"{batch}{m}×{n}, rank {self.rank}, {self.spectrum}, {self.dtype}{tokens}"
-        )
+        fields = f"rank {self.rank}, {self.spectrum}, {self.dtype}"
+        return f"{batch}{m}×{n}, {fields}{tokens}"
 
-    def describe(self):
+    def describe(self) -> dict:
         """Return the fields of a record's case."""
         m, n = self.shape
         return {**self._asdict(), "name": self.name, "m": m, "n": n}
 
 
 class NamedCase(NamedTuple):
-    """A problem that is not one matrix of a known model, with the interface of a Case."""
+    """A problem with a name of its own, with the interface of a `Case`.
+
+    It stands for more or other than one matrix of a known model.
+    """
 
     name: str
-    shape: tuple[int, int]  # (m, n), or of the square projections of a whole model
+    shape: tuple[int, int]  # (m, n); for a whole model, of its square projections
     fields: Case
 
     @property
-    def dtype(self):
+    def dtype(self) -> str:
         return self.fields.dtype
 
-    def describe(self):
+    def describe(self) -> dict:
         """Return the fields of a record's case."""
         m, n = self.shape
         return {**self.fields._asdict(), "name": self.name, "m": m, "n": n}
 
 
 class WholeCase(NamedTuple):
-    """Something that has no matrix, with the interface of a Case."""
+    """A problem without a matrix, with the interface of a `Case`."""
 
     name: str
     dtype: str = "float32"
 
-    def describe(self):
+    def describe(self) -> dict:
         """Return the fields of a record's case."""
-        return {
-            **Case("none", "none", 0, "none")._asdict(),
-            "name": self.name,
-            "m": 0,
-            "n": 0,
-        }
+        fields = Case("none", "none", 0, "none")._asdict()
+        return {**fields, "name": self.name, "m": 0, "n": 0}
 
 
-def make_weights(case):
-    """Return the matrix or the stack of matrices of a case, a NumPy array of its dtype."""
+def make_weights(case: Case) -> np.ndarray:
+    """Return the matrix [m, n] or the stack [layers, m, n] of a case, in its dtype."""
+    num_matrices = case.layers or 1
     if case.spectrum == "pretrained":
-        # Read only when asked for: the weights are an optional package.
+        # Imported only here: the weights are an optional package.
         from benchmarks.models.minilm import load_pretrained_matrices
 
-        stack = load_pretrained_matrices(case.layer)[: case.layers or 1]
+        stack = load_pretrained_matrices(case.layer)[:num_matrices]
     else:
-        layers = range(case.layers or 1)
-        stack = np.stack(
-            [make_matrix(case.spectrum, *case.shape, layer) for layer in layers]
-        )
+        layers = range(num_matrices)
+        stack = np.stack([make_matrix(case.spectrum, *case.shape, i) for i in layers])
+
     return (stack if case.layers else stack[0]).astype(jnp.dtype(case.dtype))

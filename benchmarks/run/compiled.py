@@ -1,19 +1,37 @@
-"""A group that compiles a program for an accelerator that need not be here."""
+"""The group that compiles a program for an accelerator that this machine may lack."""
+
+from collections.abc import Sequence
 
 from benchmarks.run.ahead_of_time import compile_elsewhere, why_not
-from benchmarks.run.harness import Contender, Group, Prepared
+from benchmarks.run.contenders import Contender, Group, Prepared
 
 
-def make_compile_group(suite, case, target, program, name, setting, kinds):
-    """Return the group; `kinds` of what `compile_elsewhere` found are recorded as its errors."""
+def make_compile_group(
+    suite: str,
+    case,
+    target: str,
+    program: str,
+    name: str,
+    setting: str,
+    kinds: Sequence[str],
+) -> Group:
+    """Return the group that compiles one program for one target, in a fresh process.
+
+    Args:
+        case: A `Case`, or another class with its interface.
+        target: A name of `ahead_of_time.TARGETS`.
+        program: A name of `ahead_of_time.PROGRAMS`.
+        name: The name of the contender.
+        kinds: The results of `compile_elsewhere` to record as errors.
+    """
 
     def prepare():
         return Prepared(lambda: compile_elsewhere(target, program), lambda found: found)
 
-    def read(inputs, found):
+    def measure_errors(inputs, found):
         return {kind.replace("_", " "): found[kind] for kind in kinds}
 
-    ours = Contender(
+    contender = Contender(
         name,
         prepare,
         "jlora",
@@ -21,4 +39,6 @@ def make_compile_group(suite, case, target, program, name, setting, kinds):
         most_runs=1,
         skip=why_not(target),
     )
-    return Group(suite, "compile ahead of time", case, tuple, (ours,), read)
+    return Group(
+        suite, "compile ahead of time", case, tuple, (contender,), measure_errors
+    )

@@ -1,4 +1,4 @@
-"""What a record says about the machine, the versions and the state of the tree."""
+"""The machine, the versions and the state of the working tree, as records hold them."""
 
 import functools
 import importlib.metadata
@@ -8,6 +8,7 @@ import pathlib
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 
 import jax
 
@@ -35,9 +36,11 @@ _PACKAGES = (
 
 
 @functools.cache
-def describe_environment():
+def describe_environment() -> dict:
     """Return the fields that all records of a run share."""
     device = jax.devices()[0]
+    changes = _run_git("status", "--porcelain", "--", "jlora", "benchmarks/**.py")
+
     return {
         "device": {
             "platform": device.platform,
@@ -51,52 +54,63 @@ def describe_environment():
         },
         "versions": {"python": platform.python_version(), **_read_versions()},
         "commit": _run_git("rev-parse", "HEAD") or "unknown",
-        "dirty": bool(
-            _run_git("status", "--porcelain", "--", "jlora", "benchmarks/**.py")
-        ),
+        "dirty": bool(changes),
     }
 
 
-def name_device_folder(kind=None):
-    """Return the results folder's name of a kind of device; None: of this one."""
+def name_device_folder(kind: str | None = None) -> str:
+    """Return the name of the results folder of a kind of device; None: of this one."""
     kind = jax.devices()[0].device_kind if kind is None else kind
     return re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
 
 
-def count_threads():
-    """Return the cores this process may use: the thread count of every contender."""
+def count_threads() -> int:
+    """Return the number of cores of this process: the threads of every contender."""
     return len(os.sched_getaffinity(0))
 
 
-def measure_load():
+def measure_load() -> float:
     """Return the one-minute load average."""
     return round(os.getloadavg()[0], 2)
 
 
-def read_processor_seconds():
-    """Return (seconds that all processes kept the cores busy, seconds of this one) since boot.
+def read_processor_seconds() -> tuple[float, float] | None:
+    """Return the processor time of (all processes, this process) in seconds.
 
-    The load average counts this process too; the difference of these two does not.
+    The first counts from boot, the second from the start of the process. The load
+    average includes this process; the difference of these two does not. None if the
+    system does not tell.
     """
     try:
         fields = pathlib.Path("/proc/stat").read_text().split("\n")[0].split()[1:]
     except OSError:
         return None
-    user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
-    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-    return busy, sum(os.times()[:4])
+
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[:8])
+    ticks = user + nice + system + irq + softirq + steal
+    return ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
 
 
-def count_others_cores(before, after, seconds):
-    """Return how many cores others kept busy on average between two readings, or None."""
+def count_others_cores(
+    before: tuple[float, float] | None,
+    after: tuple[float, float] | None,
+    seconds: float,
+) -> float | None:
+    """Return the mean number of cores that other processes kept busy, or None.
+
+    Args:
+        before: Result of `read_processor_seconds` at the start.
+        after: Result of `read_processor_seconds` at the end.
+        seconds: Time between the two.
+    """
     if before is None or after is None:
         return None
-    others = (after[0] - before[0]) - (after[1] - before[1])
-    return round(max(others, 0.0) / max(seconds, 1e-9), 2)
+    all_seconds, own_seconds = after[0] - before[0], after[1] - before[1]
+    return round(max(all_seconds - own_seconds, 0.0) / max(seconds, 1e-9), 2)
 
 
-def why_missing(modules):
-    """Return the first of some modules that is not installed, as a sentence, or None."""
+def why_missing(modules: Iterable[str]) -> str | None:
+    """Return a sentence about the first module that is not installed, or None."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed"
@@ -104,6 +118,7 @@ def why_missing(modules):
 
 
 def _read_versions():
+    """Return {package: version} of the installed packages that matter here."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -114,6 +129,7 @@ def _read_versions():
 
 
 def _read_processor():
+    """Return the name of the processor."""
     try:
         text = pathlib.Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -123,6 +139,7 @@ def _read_processor():
 
 
 def _run_git(*arguments):
+    """Return the output of a git command in this repository, "" if there is no git."""
     try:
         done = subprocess.run(
             ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False

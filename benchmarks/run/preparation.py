@@ -1,24 +1,32 @@
-"""Contenders made ready: inputs on the device, compiled, one call a run."""
+"""Contenders made ready to run: inputs on the device, compiled, one call a run."""
 
 import contextlib
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+from benchmarks.run.contenders import Prepared
 from benchmarks.run.environment import count_threads, why_missing
-from benchmarks.run.harness import Prepared
 
 
-def prepare_jax(function, *arrays, donate=()):
-    """Return `function` compiled for arrays that lie on the device.
+def prepare_jax(
+    function: Callable, *arrays: np.ndarray, donate: Sequence[int] = ()
+) -> Prepared:
+    """Return `function` compiled for some arrays, which are put on the device.
 
-    A donated argument is replaced by the result of the run before, which has its shape.
+    Args:
+        donate: Indices of donated arguments. Each run replaces them by the result of
+            the previous run, which has their shape.
     """
     arguments = [jax.device_put(array) for array in arrays]
+
     start = time.perf_counter()
     lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
     lower_ms = 1e3 * (time.perf_counter() - start)
+
     start = time.perf_counter()
     compiled = lowered.compile()
     compile_ms = 1e3 * (time.perf_counter() - start)
@@ -30,52 +38,67 @@ def prepare_jax(function, *arrays, donate=()):
             arguments[index] = result
         return result
 
+    peak_bytes, temporary_bytes = _measure_memory(compiled)
+    return Prepared(run, fetch_jax, lower_ms, compile_ms, peak_bytes, temporary_bytes)
+
+
+def _measure_memory(compiled):
+    """Return (peak, temporary) bytes of a compiled program, None if unknown."""
     memory = compiled.memory_analysis()
     temporary = getattr(memory, "temp_size_in_bytes", None)
-    total = (
-        None
-        if temporary is None
-        else (
-            temporary
-            + memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-        )
-    )
-    return Prepared(run, fetch_jax, lower_ms, compile_ms, total, temporary)
+    if temporary is None:
+        return None, None
+
+    arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes
+    peak = temporary + arguments + results - memory.alias_size_in_bytes
+    return peak, temporary
 
 
-def fetch_jax(result):
+def fetch_jax(result: Any) -> Any:
+    """Return a tree of JAX arrays as NumPy arrays."""
     return jax.tree.map(np.asarray, result)
 
 
-def prepare_torch(function, *arrays):
-    """Return `function` on torch tensors, on the GPU where there is one; bfloat16 kept."""
+def prepare_torch(function: Callable, *arrays: np.ndarray) -> Prepared:
+    """Return `function` on torch tensors of the arrays' dtypes, on the GPU if any."""
     set_up_torch()
     tensors = [to_torch(array) for array in arrays]
 
     def fetch(result):
-        return jax.tree.map(fetch_torch, tuple_of(result))
+        return jax.tree.map(fetch_torch, _to_plain_tuple(result))
 
     return Prepared(lambda: wait_for_torch(function(*tensors)), fetch, pool="torch")
 
 
-def set_up_torch():
-    """Give torch the thread count of everybody, and a seed: svd_lowrank takes no generator."""
+def _to_plain_tuple(result):
+    """Return a named tuple of torch as a plain tuple, and a tensor unchanged."""
+    return tuple(result) if isinstance(result, tuple) else result
+
+
+def set_up_torch() -> None:
+    """Give torch the thread count of all contenders, and a seed.
+
+    The seed is global because `torch.svd_lowrank` takes no generator.
+    """
     import torch
 
     torch.set_num_threads(count_threads())
     torch.manual_seed(0)
 
 
-def name_torch_device():
+def name_torch_device() -> str:
+    """Return "cuda" if torch sees a GPU, else "cpu"."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def to_torch(array, device=None):
-    """Return an array as a tensor on a device; None: on the GPU where there is one."""
+def to_torch(array: np.ndarray, device: str | None = None) -> Any:
+    """Return an array as a torch tensor, bfloat16 included.
+
+    Args:
+        device: Name of a torch device. None: the GPU if there is one.
+    """
     import torch
 
     if array.dtype == np.dtype("bfloat16"):
@@ -85,8 +108,8 @@ def to_torch(array, device=None):
     return tensor.to(name_torch_device() if device is None else device)
 
 
-def wait_for_torch(result):
-    """Return the result once the GPU, where there is one, has computed it."""
+def wait_for_torch(result: Any) -> Any:
+    """Return the result after torch's GPU, if any, has computed it."""
     if name_torch_device() == "cuda":
         import torch
 
@@ -94,12 +117,13 @@ def wait_for_torch(result):
     return result
 
 
-def fetch_torch(tensor):
+def fetch_torch(tensor: Any) -> np.ndarray:
+    """Return a torch tensor as a float32 NumPy array."""
     return tensor.detach().float().cpu().numpy()
 
 
-def prepare_host(function, *arrays):
-    """Return `function` on NumPy arrays, its BLAS with as many threads as everybody has."""
+def prepare_host(function: Callable, *arrays: np.ndarray) -> Prepared:
+    """Return `function` on NumPy arrays, with the thread count of all contenders."""
 
     def run():
         with use_all_threads():
@@ -108,19 +132,15 @@ def prepare_host(function, *arrays):
     return Prepared(run, lambda result: result, pool="blas")
 
 
-def use_all_threads():
-    """Return a context in which NumPy's and SciPy's BLAS have the thread count of the others.
+def use_all_threads() -> contextlib.AbstractContextManager:
+    """Return a context in which the BLAS of NumPy and SciPy uses all threads.
 
-    OPENBLAS_NUM_THREADS=1 is for the LAPACK calls inside XLA; it would also bind the peers.
-    Contenders that run in it require threadpoolctl; a reference result is only slower without.
+    OPENBLAS_NUM_THREADS=1 is meant for the LAPACK calls inside XLA, but it would also
+    limit the peers. Contenders that run in this context require threadpoolctl. Without
+    it, a reference result only takes longer.
     """
     if why_missing(("threadpoolctl",)):
         return contextlib.nullcontext()
     import threadpoolctl
 
     return threadpoolctl.threadpool_limits(count_threads(), user_api="blas")
-
-
-def tuple_of(result):
-    """Return torch's named results as a plain tuple, a tensor as it is."""
-    return tuple(result) if isinstance(result, tuple) else result

@@ -1,4 +1,4 @@
-"""How good a truncated SVD is: against the optimum, in float64."""
+"""The error of a truncated SVD against the optimum, computed in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -6,45 +6,53 @@ import numpy as np
 
 from benchmarks.run.preparation import use_all_threads
 
-_SPECTRA_KEPT = 4
-_kept_spectra = {}
+_MAX_CACHED_SPECTRA = 4
+_cached_spectra = {}
 
 
-def measure_svd_errors(a, svd):
-    """Return what is judged of an SVD (NumPy u, s, vt) of a matrix or a stack of matrices.
+def measure_svd_errors(
+    a: np.ndarray, svd: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> dict[str, float]:
+    """Return the errors of a truncated SVD; for a stack, of its worst matrix.
 
-    excess error: ‖a − u s vt‖_F / ‖a − a_k‖_F − 1, of the worst matrix.
-    excess over norm: (‖a − u s vt‖_F − ‖a − a_k‖_F) / ‖a‖_F, where the optimum itself is rounding.
-    orthogonality: max |uᵀu − I|, |vvᵀ − I|.
-    energy: the least part of ‖a‖_F² captured.
+    Here a_k is the best approximation of rank k:
+
+        excess error      ‖a − u s vt‖_F / ‖a − a_k‖_F − 1
+        excess over norm  (‖a − u s vt‖_F − ‖a − a_k‖_F) / ‖a‖_F, to be used if the
+                          optimum itself is rounding
+        orthogonality     max |uᵀu − I|, |vvᵀ − I|
+        energy            the captured fraction of ‖a‖_F²
+
+    Args:
+        a: Matrix [m, n] or stack [layers, m, n].
+        svd: u, s and vt, with the batch axis of `a`.
     """
-    u, s, vt = (np.asarray(part, np.float64) for part in svd)
     m, n = a.shape[-2:]
-    each = [
-        _measure_one(*parts)
-        for parts in zip(
-            a.reshape(-1, m, n),
-            u.reshape(-1, *u.shape[-2:]),
-            s.reshape(-1, s.shape[-1]),
-            vt.reshape(-1, *vt.shape[-2:]),
-            strict=True,
-        )
-    ]
+    u, s, vt = (np.asarray(part, np.float64) for part in svd)
+    stacks = (
+        a.reshape(-1, m, n),
+        u.reshape(-1, *u.shape[-2:]),
+        s.reshape(-1, s.shape[-1]),
+        vt.reshape(-1, *vt.shape[-2:]),
+    )
+    each = [_measure_one(*parts) for parts in zip(*stacks, strict=True)]
+
     worst = {kind: max(errors[kind] for errors in each) for kind in each[0]}
     return {**worst, "energy": min(errors["energy"] for errors in each)}
 
 
 def _measure_one(a, u, s, vt):
-    rank = len(s)
     values = compute_singular_values(a)
+    norm = np.linalg.norm(values)
+    best = np.linalg.norm(values[len(s) :])
+
     with use_all_threads():
         a = np.asarray(a, np.float64)
         residual = np.linalg.norm(a - (u * s) @ vt)
         orthogonality = measure_orthogonality(u, vt)
-    norm = np.linalg.norm(values)
-    best = np.linalg.norm(values[rank:])
+
     return {
-        # Float64 itself resolves the optimum no better than this.
+        # Float64 resolves the optimum no better than 1e-13 of the norm.
         "excess error": (residual - best) / max(best, 1e-13 * norm),
         "excess over norm": (residual - best) / norm,
         "orthogonality": orthogonality,
@@ -52,24 +60,27 @@ def _measure_one(a, u, s, vt):
     }
 
 
-def measure_orthogonality(u, vt):
-    """Return the largest of |uᵀu − I| and |vvᵀ − I|."""
+def measure_orthogonality(u: np.ndarray, vt: np.ndarray) -> float:
+    """Return the largest entry of |uᵀu − I| and |vvᵀ − I|."""
     identity = np.eye(len(vt))
     return max(np.abs(u.T @ u - identity).max(), np.abs(vt @ vt.T - identity).max())
 
 
-def compute_singular_values(a):
-    """Return all singular values in float64, from the Gram matrix of the small side.
+def compute_singular_values(a: np.ndarray) -> np.ndarray:
+    """Return all singular values in float64, in descending order.
 
-    Their squares err by 1e-16 of the largest: enough for a tail of more than 1e-6 of the norm,
-    which is where float32 results end.
+    They are square roots of the eigenvalues of the smaller Gram matrix, which have an
+    error of 1e-16 of the largest one. This is enough for a tail above 1e-6 of the norm,
+    and float32 results resolve no smaller tail. The values of the last few matrices are
+    cached.
     """
+    # A sample of the bytes tells matrices of one shape apart.
     key = (a.shape, a.dtype.str, a.tobytes()[:: max(1, a.nbytes // 4096)])
-    if key not in _kept_spectra:
-        while len(_kept_spectra) >= _SPECTRA_KEPT:
-            del _kept_spectra[next(iter(_kept_spectra))]
-        _kept_spectra[key] = _compute_singular_values(np.asarray(a, np.float64))
-    return _kept_spectra[key]
+    if key not in _cached_spectra:
+        while len(_cached_spectra) >= _MAX_CACHED_SPECTRA:
+            del _cached_spectra[next(iter(_cached_spectra))]
+        _cached_spectra[key] = _compute_singular_values(np.asarray(a, np.float64))
+    return _cached_spectra[key]
 
 
 def _compute_singular_values(a):
@@ -80,7 +91,6 @@ def _compute_singular_values(a):
     else:
         with jax.enable_x64(True):
             a = jnp.asarray(a)
-            squares = np.asarray(
-                jnp.linalg.eigvalsh(jnp.matmul(a, a.T, precision="highest"))
-            )
+            gram = jnp.matmul(a, a.T, precision="highest")
+            squares = np.asarray(jnp.linalg.eigvalsh(gram))
     return np.sqrt(np.maximum(squares[::-1], 0))

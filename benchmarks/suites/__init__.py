@@ -1,4 +1,14 @@
-"""One file a suite; each has `list_groups(level_name, platform)`."""
+"""The suites: problems, and everything that is timed on them.
+
+factorization    truncated SVD of weights
+updates          factors → factors: recompression, low-rank terms, rank budgets
+reconstruction   factors → matrix, and factors → activations
+adaptation       whole models: first factors and steps of training
+package          import time and the demonstration
+
+Each package has `list_groups(level_name, platform)`. Records of different commits are
+matched by the names of suite, operation, case and contender: they must not change.
+"""
 
 import importlib
 

@@ -1,13 +1,11 @@
-"""Groups of the adaptation suite: one linear layer, x w + (x u) v, and its gradients."""
-
-import functools
+"""One adapted linear layer, x w + (x u) v, and its gradients."""
 
 import jax
 import numpy as np
 
 import jlora
 from benchmarks.run.cases import Case, NamedCase
-from benchmarks.run.harness import Contender, Group
+from benchmarks.run.contenders import Contender, Group
 from benchmarks.run.preparation import prepare_jax
 
 SUITE = "adaptation"
@@ -17,42 +15,16 @@ def make_layer_group(size, tokens, rank):
     """Return the group of one adapted square layer, forward and backward."""
     name = f"{size}×{size}, {tokens} tokens, rank {rank}, float32"
     fields = Case("none", "linear", rank, "normal", tokens=tokens)
-    contenders = (
-        Contender(
-            "jlora apply_factors", _prepare_factors, "jlora", "gradients of x, u and v"
-        ),
-        Contender(
-            "qwix",
-            _prepare_qwix,
-            setting="LoraProvider on nnx.Linear, alpha = rank",
-            requires=("qwix", "flax"),
-        ),
-        Contender(
-            "flax nnx LoRALinear",
-            functools.partial(_prepare_flax, wrapped=False),
-            setting="without bias",
-            requires=("flax",),
-        ),
-        Contender(
-            "flax nnx LoRA",
-            functools.partial(_prepare_flax, wrapped=True),
-            setting="around nnx.Linear without bias",
-            requires=("flax",),
-        ),
-        Contender(
-            "jax plain",
-            _prepare_plain,
-            setting="x @ w and the gradient of x alone: no adapter",
-        ),
-    )
+
     return Group(
         SUITE,
         "lora layer forward+backward",
         NamedCase(name, (size, size), fields),
         lambda: make_layer(size, tokens, rank),
-        contenders,
+        _list_contenders(),
         _measure_layer,
-        # What the plain layer needs, adapter aside: two products; each array moved once.
+        # The least work is the plain layer's, without the adapter: two products, each
+        # array moved once.
         flops=4.0 * tokens * size**2,
         bytes=4.0 * (size**2 + 4 * tokens * size),
         precision="default",
@@ -60,22 +32,59 @@ def make_layer_group(size, tokens, rank):
 
 
 def make_layer(size, tokens, rank):
-    """Return float32 x [t, m], w [m, n], u [m, r], v [r, n] and the cotangent of y [t, n]."""
+    """Return float32 x [t, m], w [m, n], u [m, r], v [r, n], the cotangent g [t, n]."""
     rng = np.random.default_rng(0)
-    shapes = (tokens, size), (size, size), (size, rank), (rank, size), (tokens, size)
-    scales = 1, size**-0.5, size**-0.5, rank**-0.5, 1
-    return tuple(
-        np.float32(scale) * rng.standard_normal(shape, np.float32)
-        for shape, scale in zip(shapes, scales, strict=True)
+
+    def draw(rows, columns, scale):
+        return np.float32(scale) * rng.standard_normal((rows, columns), np.float32)
+
+    return (
+        draw(tokens, size, 1),
+        draw(size, size, size**-0.5),
+        draw(size, rank, size**-0.5),
+        draw(rank, size, rank**-0.5),
+        draw(tokens, size, 1),
     )
+
+
+def _list_contenders():
+    ours = Contender(
+        "jlora apply_factors", _prepare_factors, "jlora", "gradients of x, u and v"
+    )
+    qwix = Contender(
+        "qwix",
+        _prepare_qwix,
+        setting="LoraProvider on nnx.Linear, alpha = rank",
+        requires=("qwix", "flax"),
+    )
+    lora_linear = Contender(
+        "flax nnx LoRALinear",
+        _prepare_lora_linear,
+        setting="without bias",
+        requires=("flax",),
+    )
+    lora_wrapper = Contender(
+        "flax nnx LoRA",
+        _prepare_lora_wrapper,
+        setting="around nnx.Linear without bias",
+        requires=("flax",),
+    )
+    plain = Contender(
+        "jax plain",
+        _prepare_plain,
+        setting="x @ w and the gradient of x alone: no adapter",
+    )
+
+    return ours, qwix, lora_linear, lora_wrapper, plain
 
 
 def _prepare_factors(x, w, u, v, g):
     def run(x, w, u, v, g):
-        y, pull = jax.vjp(
-            lambda x, u, v: jlora.apply_factors(x, jlora.Factors(u, v), w), x, u, v
-        )
-        dx, du, dv = pull(g)
+        def apply(x, u, v):
+            return jlora.apply_factors(x, jlora.Factors(u, v), w)
+
+        y, pull_back = jax.vjp(apply, x, u, v)
+        dx, du, dv = pull_back(g)
         return {"y": y, "dx": dx, "du": du, "dv": dv}
 
     return prepare_jax(run, x, w, u, v, g)
@@ -83,24 +92,30 @@ def _prepare_factors(x, w, u, v, g):
 
 def _prepare_plain(x, w, u, v, g):
     def run(x, w, g):
-        y, pull = jax.vjp(lambda x: x @ w, x)
-        return {"plain y": y, "plain dx": pull(g)[0]}
+        y, pull_back = jax.vjp(lambda x: x @ w, x)
+        return {"plain y": y, "plain dx": pull_back(g)[0]}
 
     return prepare_jax(run, x, w, g)
 
 
-def _prepare_flax(x, w, u, v, g, *, wrapped):
+def _prepare_lora_linear(x, w, u, v, g):
+    from flax import nnx
+
+    (m, n), rank = w.shape, u.shape[-1]
+    layer = nnx.LoRALinear(m, n, lora_rank=rank, use_bias=False, rngs=nnx.Rngs(0))
+    layer.kernel[...] = w
+    layer.lora.lora_a[...], layer.lora.lora_b[...] = u, v
+    return _prepare_nnx(layer, x, g)
+
+
+def _prepare_lora_wrapper(x, w, u, v, g):
     from flax import nnx
 
     rngs, (m, n), rank = nnx.Rngs(0), w.shape, u.shape[-1]
-    if wrapped:
-        inner = nnx.Linear(m, n, use_bias=False, rngs=rngs)
-        layer = lora = nnx.LoRA(m, rank, n, base_module=inner, rngs=rngs)
-    else:
-        inner = layer = nnx.LoRALinear(m, n, lora_rank=rank, use_bias=False, rngs=rngs)
-        lora = layer.lora
-    inner.kernel[...] = w
-    lora.lora_a[...], lora.lora_b[...] = u, v
+    linear = nnx.Linear(m, n, use_bias=False, rngs=rngs)
+    layer = nnx.LoRA(m, rank, n, base_module=linear, rngs=rngs)
+    linear.kernel[...] = w
+    layer.lora_a[...], layer.lora_b[...] = u, v
     return _prepare_nnx(layer, x, g)
 
 
@@ -130,10 +145,11 @@ def _prepare_nnx(layer, x, g):
     graph, factors, rest = nnx.split(layer, nnx.LoRAParam, ...)
 
     def run(factors, rest, x, g):
-        y, pull = jax.vjp(
-            lambda x, factors: nnx.merge(graph, factors, rest)(x), x, factors
-        )
-        dx, gradients = pull(g)
+        def apply(x, factors):
+            return nnx.merge(graph, factors, rest)(x)
+
+        y, pull_back = jax.vjp(apply, x, factors)
+        dx, gradients = pull_back(g)
         du, dv = jax.tree.leaves(gradients)  # in the order of their names: ..._a, ..._b
         return {"y": y, "dx": dx, "du": du, "dv": dv}
 
@@ -141,7 +157,7 @@ def _prepare_nnx(layer, x, g):
 
 
 def _measure_layer(inputs, found):
-    x, w, u, v, g = (part.astype(np.float64) for part in inputs)
+    x, w, u, v, g = (each.astype(np.float64) for each in inputs)
     expected = {
         "plain y": x @ w,
         "plain dx": g @ w.T,
@@ -150,8 +166,9 @@ def _measure_layer(inputs, found):
         "du": x.T @ (g @ v.T),
         "dv": (x @ u).T @ g,
     }
-    differences = {
-        name: np.linalg.norm(value - expected[name]) / np.linalg.norm(expected[name])
-        for name, value in found.items()
-    }
-    return {"relative error": max(differences.values()), **differences}
+
+    errors = {}
+    for name, value in found.items():
+        difference = np.linalg.norm(value - expected[name])
+        errors[name] = difference / np.linalg.norm(expected[name])
+    return {"relative error": max(errors.values()), **errors}
