@@ -1,16 +1,19 @@
 import os
 
-# LAPACK's threads fight those of XLA: small decompositions get 10 to 100 times slower.
-# Read when LAPACK is loaded, so it has to be set before JAX is imported.
+# The threads of LAPACK and of XLA compete, which makes small decompositions 10 to 100
+# times slower. LAPACK reads the variable when it is loaded, so it must be set before
+# JAX is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Most of a test is compiling: without the optimisations of LLVM it takes two thirds of the time.
-# XLA's own passes run. XLA_FLAGS="" pytest tests what users get; .ci/run does that in its last run.
+# Most of a test is compiling: without the optimisations of LLVM it takes two thirds of
+# the time. XLA's own passes run. XLA_FLAGS="" pytest tests the programs that users get;
+# .ci/run does so in its last run.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import pytest
 
-# optax itself promotes int32 counters to float, so the modules that train say "standard".
+# optax itself promotes int32 counters to float, so the modules that train say
+# "standard".
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -23,10 +26,10 @@ def standard_promotion():
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """Let go of the compiled programs of a file.
+    """Free the compiled programs of a file.
 
-    Each holds memory maps, of which Linux gives a process 65,530: some thousands of programs use
-    them up, and the compiler crashes.
+    Each holds memory maps, of which Linux gives a process 65,530: some thousands of
+    programs use them up, and the compiler crashes.
     """
     yield
     jax.clear_caches()

@@ -1,4 +1,4 @@
-"""What is checked of a decomposition, against float64."""
+"""Errors of a decomposition, computed in float64."""
 
 import numpy as np
 

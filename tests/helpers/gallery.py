@@ -1,7 +1,7 @@
-"""Matrices on which decompositions are known to fail: name → function of (rng, m, n), float64.
+"""Matrices on which decompositions fail: name → function of (rng, m, n), float64.
 
-After the test sets of Tropp et al. 2019, scikit-learn, fbpca, RandLAPACK, Higham's gallery and
-Martinsson's lectures; the edge cases are those that users report.
+After the test sets of Tropp et al. 2019, scikit-learn, fbpca, RandLAPACK, Higham's
+gallery and Martinsson's lectures; users reported the edge cases.
 """
 
 import functools

@@ -8,7 +8,7 @@ import tokenize
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
-# Phrases of docs/contributing that hide who does what; each has a plain word.
+# Phrases of docs/contributing that hide an actor or an action; each has a plain word.
 BANNED = re.compile(
     r"\b(all but|but for|as it (?:is|was)|as they (?:are|were)|alone|of no account"
     r"|(?:gives?|gave|given|giving) way|(?:comes?|came|coming) back"
@@ -83,6 +83,7 @@ def list_bodies(path):
     """
     text = path.read_text()
     lines = text.splitlines()
+
     found = []
     for node in ast.walk(ast.parse(text)):
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):

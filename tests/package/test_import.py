@@ -1,0 +1,52 @@
+"""`import jlora` is cheap."""
+
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+
+def test_import_loads_no_extra_and_adds_at_most_a_tenth():
+    extras = ("quax", "orbax", "matplotlib", "torch", "scipy.linalg")
+    code = f"import sys, jlora; print([n for n in {extras!r} if n in sys.modules])"
+    assert run_python(code).strip() == "[]"
+
+    # A full garbage collection of all that JAX holds takes as long as our whole import,
+    # and the version of JAX decides in which of the two it falls.
+    plain, ours = (
+        f"import gc; gc.disable(); import {names}" for names in ("jax, optax", "jlora")
+    )
+    run_python(ours)  # writes the byte code
+
+    # Processor time, which a busy machine hardly moves; the minimum, as noise only
+    # adds.
+    least = {plain: float("inf"), ours: float("inf")}
+    for repetition in range(24):
+        for code, seconds in least.items():
+            before = measure_children_seconds()
+            run_python(code)
+            least[code] = min(seconds, measure_children_seconds() - before)
+        if repetition >= 4 and least[ours] <= 1.1 * least[plain]:
+            return
+    pytest.fail(
+        f"import jlora takes {least[ours]:.3f} s, jax and optax {least[plain]:.3f} s"
+    )
+
+
+def measure_children_seconds():
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def run_python(code):
+    # As installed: with byte code, even if this process was told not to write it.
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment,
+    ).stdout
