@@ -6,6 +6,7 @@ A rule that only one file needs is checked in that file.
 
 from __future__ import annotations
 
+import numbers
 import operator
 from collections.abc import Collection, Sequence
 from types import ModuleType
@@ -16,15 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jlora._types import AnyArray, Array, Float, Int, PRNGKey
+from jlora._types import AnyArray, Array, Float, PRNGKey, Scalar
 
 T = TypeVar("T")
+
+_FLOATING = tuple(map(np.dtype, (jnp.float16, jnp.bfloat16, np.float32, np.float64)))
 
 # u [*batch, m, r] and v [*batch, r, n]. `Factors` is such a pair.
 Pair: TypeAlias = tuple[Float[AnyArray, "*batch m r"], Float[AnyArray, "*batch r n"]]
 CheckedPair: TypeAlias = tuple[Float[Array, "*batch m r"], Float[Array, "*batch r n"]]
-# A count k of the last columns, a slice, or indices.
-Columns: TypeAlias = int | slice | Sequence[int] | Int[AnyArray, " k"]
 
 
 def check_matrix(
@@ -53,17 +54,26 @@ def check_array(a: Float[AnyArray, "*shape"], name: str) -> Float[Array, "*shape
 
 def check_floating(a: Any, name: str) -> Any:
     """Return `a` itself, an array of any kind with a real floating dtype."""
-    if not (hasattr(a, "shape") and hasattr(a, "dtype")):
+    dtype = getattr(a, "dtype", None)
+    is_array = hasattr(a, "shape") and not isinstance(a, np.ma.MaskedArray)
+    if not (is_array and isinstance(dtype, np.dtype)):
         raise TypeError(
             f"`{name}` must be a NumPy or JAX array, got {type(a).__name__}. "
             "Wrap it with jnp.asarray."
         )
-    if not jnp.issubdtype(a.dtype, jnp.floating):
+    if not is_floating(dtype):
+        # float8 and long double are no dtype to compute in; nor is a foreign byte order
+        widths = " of 16 to 64 bits" if jnp.issubdtype(dtype, jnp.floating) else ""
         raise TypeError(
-            f"`{name}` must have a real floating dtype, got {a.dtype}. "
+            f"`{name}` must have a real floating dtype{widths}, got {dtype}. "
             "Cast it, for example with .astype(jnp.float32)."
         )
     return a
+
+
+def is_floating(dtype: Any) -> bool:
+    """Return whether jlora computes with arrays of this dtype."""
+    return dtype in _FLOATING
 
 
 def check_finite(a: Float[AnyArray, ...], name: str, *, xp: ModuleType = jnp) -> None:
@@ -111,6 +121,41 @@ def check_integer(
             f"`{name}` must be at most {maximum}, got {value}. Choose a smaller value."
         )
     return value
+
+
+def check_scalar(value: Any, name: str, *, minimum: float | None = None) -> Scalar:
+    """Return `value`, one real number, as a Python float or an unchanged scalar array.
+
+    A value below `minimum`, and NaN beside one, is refused unless it is traced.
+    """
+    number: Any = value
+    if isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_)):
+        number = float(value)
+    elif not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        raise TypeError(
+            f"`{name}` must be a real number or a scalar array, got "
+            f"{type(value).__name__}. Pass a float."
+        )
+    elif not (
+        jnp.issubdtype(value.dtype, jnp.floating)
+        or jnp.issubdtype(value.dtype, jnp.integer)
+    ):
+        raise TypeError(
+            f"`{name}` must be a real number or a scalar array, got dtype "
+            f"{value.dtype}. Pass a float."
+        )
+    elif value.shape != ():
+        raise ValueError(
+            f"`{name}` must be a number or a scalar array, got shape {value.shape}. "
+            "Use jax.vmap for one number per matrix."
+        )
+
+    is_known = not isinstance(value, Tracer)
+    if minimum is not None and is_known and not number >= minimum:
+        raise ValueError(
+            f"`{name}` must be at least {minimum}, got {value}. Choose a larger value."
+        )
+    return number
 
 
 def check_interval(
@@ -244,56 +289,3 @@ def _is_legacy_key(key: Any) -> bool:
     if getattr(key, "dtype", None) != np.uint32:
         return False
     return key.shape[-1:] in ((2,), (4,))  # the words of threefry and of rbg
-
-
-def check_columns(columns: Any, num_columns: int, name: str = "columns") -> Any:
-    """Return column indices from an int k (the last k), a slice or a list of indices.
-
-    Concrete indices are checked for range and repetition, and returned as a NumPy array
-    of values in [0, num_columns). Traced indices are returned unchecked.
-    """
-    if isinstance(columns, slice):
-        indices = np.arange(num_columns)[columns]
-    elif isinstance(columns, Tracer) and columns.ndim == 1:
-        return _check_index_dtype(columns, name)
-    elif np.ndim(columns) == 0:
-        count = check_integer(columns, name, maximum=num_columns)
-        return np.arange(num_columns - count, num_columns)
-    else:
-        indices = _check_index_dtype(np.asarray(columns), name)
-    return _check_indices(indices, num_columns, name)
-
-
-def _check_index_dtype(indices: Any, name: str) -> Any:
-    """Return `indices` if they are integers on one axis."""
-    if indices.ndim != 1 or not jnp.issubdtype(indices.dtype, jnp.integer):
-        raise TypeError(
-            f"`{name}` must be an integer k (the last k), a slice, or a 1-D array of "
-            f"integers, got dtype {indices.dtype} of shape {indices.shape}. "
-            "Convert a mask with np.flatnonzero."
-        )
-    return indices
-
-
-def _check_indices(
-    indices: Int[np.ndarray, " k"], num_columns: int, name: str
-) -> Int[np.ndarray, " k"]:
-    """Return unique indices in [0, num_columns) from possibly negative ones."""
-    if indices.size == 0:
-        raise ValueError(
-            f"`{name}` must name at least one column, got none. Leave it out instead."
-        )
-    is_outside = (indices < -num_columns) | (indices >= num_columns)
-    if is_outside.any():
-        raise ValueError(
-            f"`{name}` must lie in [-{num_columns}, {num_columns}), "
-            f"got {indices[is_outside][0]}. Count the columns of the matrix."
-        )
-
-    indices = indices % num_columns
-    if np.unique(indices).size != indices.size:
-        raise ValueError(
-            f"`{name}` must name each column once, got {indices.tolist()}. "
-            "Remove the repetitions."
-        )
-    return indices

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NoReturn, overload
+import functools
+from typing import NamedTuple, NoReturn, overload
 
 import jax
 import jax.numpy as jnp
 
-from jlora._types import Array, Bool, DTypeLike, Float
+from jlora._types import Array, Bool, DTypeLike, Float, Int
+
+_EXPONENT_OF_ZERO = -(2**20)
 
 
 def common_dtype(*dtypes: DTypeLike) -> jnp.dtype:
@@ -63,6 +66,15 @@ def matmul_activations(
     return jnp.matmul(x, w, precision=None, preferred_element_type=accumulator)
 
 
+def thin_dtype(working: DTypeLike) -> jnp.dtype:
+    """Return the dtype of x @ u on its way to v, in a layer that computes in `working`.
+
+    It is `working`, but float32 for float16: x @ u may leave the range of float16 where
+    (x @ u) @ v does not.
+    """
+    return jnp.dtype(jnp.float32 if working == jnp.float16 else working)
+
+
 def safe_divide(
     numerator: Float[Array, ...], denominator: Float[Array, ...]
 ) -> Float[Array, ...]:
@@ -75,20 +87,65 @@ def safe_divide(
     return jnp.where(is_zero, jnp.zeros_like(quotient), quotient)
 
 
+def find_exponent(
+    a: Float[Array, ...], axis: int | tuple[int, ...] = (-2, -1)
+) -> Int[Array, ...]:
+    """Return the smallest e with max|a| < 2**e along the axes, which keep size one.
+
+    It is 0 where an entry is not finite. Where all entries are zero it is far below any
+    other exponent, so that a zero term never decides a common scale. It has no
+    derivative.
+    """
+    largest = jnp.max(jnp.abs(jax.lax.stop_gradient(a)), axis=axis, keepdims=True)
+    is_usable = jnp.isfinite(largest) & (largest > 0)
+    _, exponent = jnp.frexp(jnp.where(is_usable, largest, jnp.ones_like(largest)))
+    of_others = jnp.where(largest == 0, _EXPONENT_OF_ZERO, 0)
+    return jnp.where(is_usable, exponent, of_others)
+
+
+def times_power_of_two(
+    a: Float[Array, ...], exponent: Int[Array, ...]
+) -> Float[Array, ...]:
+    """Return a * 2**exponent, also where 2**exponent leaves the range of the dtype.
+
+    Two factors of half the exponent: both are normal numbers, and so are their
+    reciprocals, which XLA flushes to zero otherwise.
+    """
+    limits = jnp.finfo(a.dtype)
+    half = exponent // 2
+    for part in (half, exponent - half):
+        part = jnp.clip(part, limits.minexp + 2, limits.maxexp - 2)
+        a = a * jnp.ldexp(jnp.ones((), a.dtype), part)
+    return a
+
+
+class Scaled(NamedTuple):
+    """The array a = unit * 2**exponent, whose `unit` has a largest entry in [½, 1).
+
+    Squares and products of `unit` neither overflow nor underflow. The division is
+    exact, so no result depends on the scale of `a`.
+    """
+
+    unit: Float[Array, ...]
+    exponent: Int[Array, ...]  # with axes of size one where the maximum was taken
+
+
+def split_scale(a: Float[Array, ...], axis: int | tuple[int, ...] = (-2, -1)) -> Scaled:
+    """Return `a` as `Scaled`: one exponent for each matrix, or along other axes."""
+    exponent = find_exponent(a, axis)
+    return Scaled(times_power_of_two(a, -exponent), exponent)
+
+
 def power_of_two_scale(a: Float[Array, "*batch m n"]) -> Float[Array, "*batch 1 1"]:
     """Return the smallest power of two above max|a| for each matrix.
 
     Division by it is exact, and keeps the squares inside a Gram matrix from overflow
-    and underflow at scales like 1e±15. For a zero or nonfinite matrix it is 2.
+    and underflow. For a zero matrix it is tiny, for a nonfinite one it is 1.
     """
-    largest = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
-    is_usable = jnp.isfinite(largest) & (largest > 0)
-    _, exponent = jnp.frexp(jnp.where(is_usable, largest, jnp.ones_like(largest)))
-
     # 1 / 2**exponent must be a normal number too, so stay two short of the limits.
     limits = jnp.finfo(a.dtype)
-    exponent = jnp.clip(exponent, limits.minexp + 2, limits.maxexp - 2)
-    return jnp.ldexp(jnp.ones_like(largest), exponent)
+    exponent = jnp.clip(find_exponent(a), limits.minexp + 2, limits.maxexp - 2)
+    return jnp.ldexp(jnp.ones((), a.dtype), exponent)
 
 
 def eye_like(a: Float[Array, "*batch k k"]) -> Float[Array, "*batch k k"]:
@@ -107,16 +164,23 @@ def frobenius_norm(a: Float[Array, "*batch m n"]) -> Float[Array, "*batch"]:
     return (jnp.linalg.norm(a / scale, axis=(-2, -1), keepdims=True) * scale)[..., 0, 0]
 
 
-@jax.custom_jvp
-def refuse_derivative(a: Float[Array, ...]) -> Float[Array, ...]:
+_RANDOMISED = (
+    "`a` must not be differentiated by a randomised method, got a derivative request. "
+    "Apply jax.lax.stop_gradient to it, or use low_rank_approximation or truncated_svd."
+)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def refuse_derivative(
+    a: Float[Array, ...], message: str = _RANDOMISED
+) -> Float[Array, ...]:
     """Return `a`; a request for a derivative with respect to it raises a TypeError."""
+    del message
     return a
 
 
 @refuse_derivative.defjvp
-def _raise_refusal(primals: tuple[Array], tangents: tuple[Array]) -> NoReturn:
-    raise TypeError(
-        "`a` must not be differentiated by a randomised method, got a derivative "
-        "request. Apply jax.lax.stop_gradient to it, or use low_rank_approximation or "
-        "truncated_svd."
-    )
+def _raise_refusal(
+    message: str, primals: tuple[Array], tangents: tuple[Array]
+) -> NoReturn:
+    raise TypeError(message)

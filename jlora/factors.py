@@ -149,6 +149,11 @@ def pad_rank(factors: Factors, rank: int) -> Factors:
     )
 
 
+def truncate_svd(svd: SVD, rank: int) -> SVD:
+    """Return the leading `rank` triplets."""
+    return SVD(svd.u[..., :rank], svd.s[..., :rank], svd.vt[..., :rank, :])
+
+
 def mask_rank(svd: SVD, rank: Int[Array, "*batch"]) -> SVD:
     """Return the SVD with zeros beyond the first `rank` triplets of each matrix.
 

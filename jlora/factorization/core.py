@@ -78,13 +78,17 @@ def decompose_by_lapack(core: Float[Array, "*batch L K"], rank: int) -> SVD:
         return _decompose_whole(core, rank)
 
     # Project onto the leading eigenvectors; eigh sorts in ascending order.
-    _, e = jnp.linalg.eigh(matmul(core, core.mT), symmetrize_input=False)
+    unit = core / power_of_two_scale(core)  # or its squares leave the dtype's range
+    _, e = jnp.linalg.eigh(matmul(unit, unit.mT), symmetrize_input=False)
     e = e[..., ::-1][..., :width]
     reduced = _decompose_whole(matmul(e.mT, core), rank)
 
     eps = float(jnp.finfo(core.dtype).eps)
     s = reduced.s
-    is_resolved = jnp.all(s[..., -1] ** 2 > 2e4 * eps * s[..., 0] ** 2)
+    # A zero core needs no second try, and must not cause one for the batch it is in.
+    is_zero = s[..., 0] == 0
+    ratio = safe_divide(s[..., -1], s[..., 0])
+    is_resolved = jnp.all(is_zero | (ratio**2 > 2e4 * eps))
     return jax.lax.cond(
         is_resolved,
         lambda: reduced._replace(u=matmul(e, reduced.u)),

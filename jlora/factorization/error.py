@@ -157,7 +157,10 @@ def _estimate_sketch_error(
     size = jnp.linalg.norm(factor, axis=(-2, -1), keepdims=True)
     u, s, vt = jnp.linalg.svd(factor, full_matrices=False)
     s = jnp.maximum(s[..., None, :], jnp.finfo(s.dtype).eps * size)
+    is_zero = size == 0
+    s = jnp.where(is_zero, 1, s)
     inverse = matmul(vt.mT / s, u.mT)
 
     squares = 1 / jnp.sum(inverse**2, axis=-2)  # squared distances of the columns
-    return jnp.sqrt(jnp.mean(squares, axis=-1)) * scale[..., 0, 0]
+    error = jnp.sqrt(jnp.mean(squares, axis=-1)) * scale[..., 0, 0]
+    return jnp.where(is_zero[..., 0, 0], 0, error)

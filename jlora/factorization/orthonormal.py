@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from jlora._numerics import eye_like, matmul, power_of_two_scale, safe_divide
 from jlora._types import Array, Bool, Float, Int
+from jlora.factorization.sketch import fixed_sketch
 
 # A shifted step multiplies singular values at the rounding level by about 60, so four
 # steps lift them to one. The projections in between shrink them again, so
@@ -51,6 +52,20 @@ def orthonormalize(
     """
     y = _normalize_rows(y / power_of_two_scale(y))
     return _run_cholesky_qr(_normalize_rows(_perturb(y, noise)))
+
+
+def factor_rows(
+    rows: Float[Array, "*batch k m"],
+) -> tuple[Float[Array, "*batch k m"] | None, Float[Array, "*batch k _"]]:
+    """Return (basis, part) with rows = part @ basis, or (None, rows) if k ≥ m.
+
+    The basis has orthonormal rows, so rows @ rowsᵀ = part @ partᵀ.
+    """
+    num_rows, size = rows.shape[-2:]
+    if num_rows >= size:
+        return None, rows
+    basis = orthonormalize(rows, fixed_sketch(num_rows, size, rows.dtype))
+    return basis, matmul(rows, basis.mT)
 
 
 def orthonormalize_against(
@@ -91,19 +106,18 @@ def orthonormalize_against(
         transform = matmul(state.transform, lower)
         inside = matmul(rows, basis.mT)
         rows = rows - matmul(inside, basis)
-        return _ProjectionState(
+        new = _ProjectionState(
             state.step + 1,
             rows,
             matmul(rows, rows.mT),
             state.coefficients + matmul(transform, inside),
             transform,
         )
+        return _keep_finished(state, new)
 
     def is_unfinished(state: _ProjectionState) -> Bool[Array, ""]:
-        difference = state.gram - eye_like(state.gram)
-        is_far = jnp.linalg.norm(difference, axis=(-2, -1)) > 0.5
-        is_first = state.step == 0
-        return is_first | (state.step < _MAX_PROJECTIONS) & jnp.any(is_far)
+        is_open = state.step < _MAX_PROJECTIONS
+        return (state.step == 0) | is_open & jnp.any(_is_far(state.gram))
 
     # Project onto the whole basis, and once more as long as rows are far from
     # orthonormal.
@@ -117,6 +131,27 @@ def orthonormalize_against(
     # Rows that are nearly orthonormal need one plain step.
     _, inverse = _invert_cholesky(state.gram, shift=0.0)
     return matmul(inverse, state.rows), near_coefficients, state.coefficients
+
+
+def _keep_finished(old: _ProjectionState, new: _ProjectionState) -> _ProjectionState:
+    """Return the new state, with the old arrays of the matrices that were finished.
+
+    So a matrix gets the same bits whichever others are in its batch.
+    """
+    if old.gram.ndim == 2:
+        return new
+    is_open = (old.step == 0) | _is_far(old.gram)[..., None, None]
+
+    def select(old: Array, new: Array) -> Array:
+        return jnp.where(is_open, new, old)
+
+    arrays = jax.tree.map(select, tuple(old[1:]), tuple(new[1:]))
+    return _ProjectionState(new.step, *arrays)
+
+
+def _is_far(gram: Float[Array, "*batch l l"]) -> Bool[Array, "*batch"]:
+    """Return whether rows with this Gram matrix are far from orthonormal."""
+    return jnp.linalg.norm(gram - eye_like(gram), axis=(-2, -1)) > 0.5
 
 
 def _take_shifted_step(

@@ -9,7 +9,7 @@ import quax
 from jax import lax
 from jaxtyping import ArrayLike
 
-from jlora._numerics import common_dtype, compute_dtype
+from jlora._numerics import common_dtype, compute_dtype, thin_dtype
 from jlora._types import Array, Float
 from jlora.layouts import list_axes
 from jlora.lifting.lifted_weight import LiftedWeight, find_shape
@@ -141,6 +141,7 @@ def _multiply_factors(
     )
     u = _Operand(w.u.astype(x.dtype), [*batch, *inputs, rank])
     v = _Operand(w.v.astype(x.dtype), [*batch, rank, *outputs])
+    dtype = thin_dtype(x.dtype)
 
     # The first factor must share inputs or outputs with x, or the first product is not
     # thin: x @ w starts with u, and w @ x with v.
@@ -152,7 +153,8 @@ def _multiply_factors(
     all_labels = dict.fromkeys([*labels.x, *first.labels])
     thin_labels = [label for label in all_labels if label in needed]
     operand = _Operand(x, labels.x)
-    thin = _einsum(operand, first, thin_labels, settings, is_left).astype(x.dtype)
+    thin = _einsum(operand, first, thin_labels, settings, is_left).astype(dtype)
+    second = second._replace(array=second.array.astype(dtype))
     return _einsum(_Operand(thin, thin_labels), second, labels.out, settings, is_left)
 
 
@@ -182,10 +184,11 @@ def convolve(x: ArrayLike, w: LiftedWeight, **params: Any) -> Array:
     numbers = params["dimension_numbers"]
     out_axis, features = numbers.rhs_spec[0], numbers.out_spec[1]
     kernel = jnp.moveaxis(w.u, -1, out_axis).astype(x.dtype)
-    thin = lax.conv_general_dilated_p.bind(x, kernel, **params).astype(x.dtype)
+    thin = lax.conv_general_dilated_p.bind(x, kernel, **params)
+    thin = thin.astype(thin_dtype(x.dtype))
     delta = jnp.tensordot(
         thin,
-        w.v.astype(x.dtype),
+        w.v.astype(thin.dtype),
         ((features,), (0,)),
         precision=params["precision"],
         preferred_element_type=params["preferred_element_type"],

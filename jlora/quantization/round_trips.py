@@ -123,7 +123,8 @@ def _round_blocks(
     # Pad to whole blocks, and scale each by its largest entry.
     num_missing = -m % size
     padding = [(0, 0)] * len(batch) + [(0, num_missing), (0, 0)]
-    blocks = jnp.pad(exact, padding).reshape(*batch, -1, size, n)
+    num_blocks = (m + num_missing) // size  # -1 would be undefined for an empty batch
+    blocks = jnp.pad(exact, padding).reshape(*batch, num_blocks, size, n)
     largest = jnp.max(jnp.abs(blocks), axis=-2, keepdims=True)
     parts = safe_divide(blocks, jnp.broadcast_to(largest, blocks.shape))
 

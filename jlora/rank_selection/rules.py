@@ -22,6 +22,7 @@ from jlora.rank_selection.spectrum import (
     SpectrumSource,
     read_spectrum,
     require_whole,
+    to_unit_scale,
 )
 
 RULES = (
@@ -118,7 +119,7 @@ def choose_rank(
         2
     """
     _checks.check_choice(rule, RULES, "rule")
-    spectrum = read_spectrum(a, shape, norm)
+    spectrum, scale = to_unit_scale(read_spectrum(a, shape, norm))
     limit = len(spectrum.values)
     if max_rank is not None:
         limit = min(limit, _checks.check_integer(max_rank, "max_rank"))
@@ -128,7 +129,7 @@ def choose_rank(
     elif rule == "gap":
         rank, curve = _choose_by_gap(spectrum, limit)
     elif rule in ("gavish_donoho", "marchenko_pastur"):
-        rank, curve = _choose_by_noise(spectrum, rule, noise, margin)
+        rank, curve = _choose_by_noise(spectrum, scale, rule, noise, margin)
     elif rule == "stable":
         rank, curve = _choose_stable(spectrum)
     else:
@@ -177,9 +178,12 @@ def _choose_by_gap(
 
 
 def _choose_by_noise(
-    spectrum: Spectrum, rule: str, noise: float | None, margin: float
+    spectrum: Spectrum, scale: float, rule: str, noise: float | None, margin: float
 ) -> tuple[int, Float[np.ndarray, " k"]]:
-    """Return rank and curve of "gavish_donoho" or "marchenko_pastur"."""
+    """Return rank and curve of "gavish_donoho" or "marchenko_pastur".
+
+    The spectrum is of the matrix divided by `scale`; the noise is of the matrix.
+    """
     if spectrum.shape is None:
         raise ValueError(
             f"`shape` must be given for the rule {rule!r}, got None. "
@@ -205,6 +209,8 @@ def _choose_by_noise(
     if noise is None:
         require_whole(spectrum, rule)
         noise = estimate_noise(values, spectrum.shape, spectrum.norm, find_threshold)
+    else:
+        noise = noise / scale
     threshold = find_threshold(noise)
     if threshold == 0:
         return int(np.sum(values > 0)), np.where(values > 0, np.inf, 0.0)

@@ -88,7 +88,8 @@ def _complete_spectrum(
             )
         shape = (sizes[0], sizes[1])
 
-    own_norm = float(np.linalg.norm(values))
+    scale = power_of_two_above(values)
+    own_norm = scale * float(np.linalg.norm(values / scale))
     if norm is None:
         has_all_values = shape is None or len(values) == min(shape)
         return Spectrum(values, shape, own_norm, has_all_values)
@@ -101,6 +102,19 @@ def _complete_spectrum(
             f"given, got {norm:.6g}. Pass the Frobenius norm of the whole matrix."
         )
     return Spectrum(values, shape, max(norm, own_norm), True)
+
+
+def power_of_two_above(values: Float[np.ndarray, " k"]) -> float:
+    """Return a power of two near the largest value, so that squares stay in range."""
+    _, exponent = np.frexp(np.max(values, initial=0.0))
+    return float(np.ldexp(1.0, min(int(exponent), 1023)))
+
+
+def to_unit_scale(spectrum: Spectrum) -> tuple[Spectrum, float]:
+    """Return the spectrum of the matrix divided by a power of two, and that power."""
+    scale = power_of_two_above(spectrum.values)
+    values, norm = spectrum.values / scale, spectrum.norm / scale
+    return spectrum._replace(values=values, norm=norm), scale
 
 
 def refuse_tracer(array: object, name: str = "a") -> None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _checks
-from jlora._numerics import common_dtype, matmul_activations
+from jlora._numerics import common_dtype, matmul_activations, thin_dtype
 from jlora._types import AnyArray, Array, Float, Scalar
 from jlora.factors import Factors
 
@@ -60,6 +60,7 @@ def apply_factors(
     """
     x = _checks.check_array(x, "x")
     u, v = _checks.check_factors(factors)
+    scale = _checks.check_scalar(scale, "scale")
     if base is not None:
         base = _checks.check_base(base, (*u.shape[:-1], v.shape[-1]))
 
@@ -88,8 +89,8 @@ def _apply(
     thin = matmul_activations(x, u.astype(working))
     # Scale the thin product: on the t×n side it would cost a pass, and one more
     # backward.
-    thin = (thin * jnp.asarray(scale, thin.dtype)).astype(working)
-    delta = _expand(thin, v.astype(working), num_columns)
+    thin = (thin * jnp.asarray(scale, thin.dtype)).astype(thin_dtype(working))
+    delta = _expand(thin, v.astype(thin.dtype), num_columns)
 
     if base is None:
         return delta.astype(dtype)

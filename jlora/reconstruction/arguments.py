@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _checks
+from jlora._columns import Columns, check_columns
 from jlora._dispatch import check_usable
 from jlora._numerics import common_dtype
 from jlora._types import AnyArray, Array, DTypeLike, Float, PRNGKey, Scalar
@@ -21,7 +22,6 @@ from jlora.reconstruction.implementations import (
 from jlora.reconstruction.rounding import CompensatedWeight, check_rounding
 
 Base = Float[AnyArray, "*batch m n"] | CompensatedWeight
-Columns = int | slice | list[int] | tuple[int, ...] | AnyArray
 Rounding = Literal["nearest", "stochastic", "compensated"]
 
 
@@ -49,9 +49,11 @@ def prepare_arguments(
     dtype: DTypeLike | None,
     donate: bool,
     implementation: str | None,
+    base_name: str = "base",
 ) -> Arguments:
     u, v = _checks.check_factors(factors)
-    bases = _check_bases(base, (*u.shape[:-1], v.shape[-1]))
+    scale = _checks.check_scalar(scale, "scale")
+    bases = _check_bases(base, (*u.shape[:-1], v.shape[-1]), base_name)
     if dtype is None:
         dtype = bases[0].dtype if bases else common_dtype(u.dtype, v.dtype)
     dtype = jnp.dtype(dtype)
@@ -77,14 +79,14 @@ def _check_donation(bases: Bases, spec: SumSpec) -> None:
         )
 
 
-def _check_bases(base: Base | None, shape: tuple[int, ...]) -> Bases:
+def _check_bases(base: Base | None, shape: tuple[int, ...], name: str) -> Bases:
     """Return the base as a tuple of none, one or two arrays."""
     if base is None:
         return ()
     if not isinstance(base, CompensatedWeight):
-        return (_checks.check_base(base, shape),)
-    high = _checks.check_base(base.high, shape, "base.high")
-    return high, _checks.check_base(base.low, shape, "base.low")
+        return (_checks.check_base(base, shape, name),)
+    high = _checks.check_base(base.high, shape, f"{name}.high")
+    return high, _checks.check_base(base.low, shape, f"{name}.low")
 
 
 def _read_columns(
@@ -93,7 +95,7 @@ def _read_columns(
     """Return (indices, span): a range of columns is a static span, else indices."""
     if columns is None:
         return None, None
-    indices = _checks.check_columns(columns, n)
+    indices = check_columns(columns, n)
     if isinstance(indices, np.ndarray) and np.all(np.diff(indices) == 1):
         return None, (int(indices[0]), int(indices[-1]) + 1)
     return jnp.asarray(indices), None

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora import _checks
 from jlora._dispatch import choose
 from jlora._numerics import compute_dtype
 from jlora._types import Array, DTypeLike, Float, PRNGKey, Scalar
@@ -135,8 +136,9 @@ def unmerge(
 
     Accuracy: float32 is recovered to rounding of the larger of the two. A 16-bit base
         that was merged with rounding="compensated" is recovered bit by bit wherever
-        |scale * u @ v| is below 64 times |base|; elsewhere to 2⁻¹⁶ of the delta. Merged
-        otherwise, it has lost the digits that its merged value could not hold.
+        |scale * u @ v| is below 64 times |base|, and in float16 |base| is at least
+        2⁻¹³; elsewhere to 2⁻¹⁶ of the delta, and in float16 to 2⁻²⁴. Merged otherwise,
+        it has lost the digits that its merged value could not hold.
 
     Gradients: exact, to u, v, merged and scale.
 
@@ -148,14 +150,25 @@ def unmerge(
         >>> bool((jlora.reconstruction.unmerge(factors, merged) == base).all())
         True
     """
-    return reconstruct(
+    if merged is None:
+        raise TypeError(
+            "`merged` must be a matrix or a CompensatedWeight, got None. "
+            "Pass the result of reconstruct."
+        )
+    scale = -_checks.check_scalar(scale, "scale")
+    arguments = prepare_arguments(
         factors,
         merged,
-        scale=-scale,
-        columns=columns,
-        donate=donate,
-        implementation=implementation,
+        scale,
+        columns,
+        "nearest",
+        None,
+        None,
+        donate,
+        implementation,
+        base_name="merged",
     )
+    return (_reconstruct_donated if donate else _reconstruct)(*arguments)
 
 
 def choose_implementation(

@@ -7,6 +7,7 @@ check the compiled programs; benchmarks/results has the times.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -140,7 +141,7 @@ def sum_blocked(
     """
     (base,) = bases
     dtype = base.dtype
-    u, v = (part.reshape(-1, *part.shape[-2:]) for part in (u, v))
+    u, v = _join_batch(u), _join_batch(v)
 
     def add_rows(bits: Array, layer: Array, first: Array | int, num_rows: int) -> Array:
         offsets = (layer, first, 0)
@@ -169,13 +170,21 @@ def _from_bits(bits: Array, dtype: Any) -> Array:
     return bits if bits.dtype == dtype else jax.lax.bitcast_convert_type(bits, dtype)
 
 
+def _join_batch(array: Float[Array, "*batch m n"]) -> Float[Array, "layers m n"]:
+    """Return the array with one batch axis, also of length zero."""
+    *batch, m, n = array.shape
+    return array.reshape(math.prod(batch), m, n)
+
+
 def _loop_over_rows(array: Array, update: Callable[..., Array]) -> Array:
     """Return array = update(array, layer, first, num_rows) for each block of rows.
 
     The update sees the batch axes as one: [layers, m, n].
     """
     *batch, m, n = array.shape
-    array = array.reshape(-1, m, n)
+    if array.size == 0:
+        return array
+    array = _join_batch(array)
     num_blocks, num_rest = divmod(m, _BLOCK_ROWS)
 
     def update_block(i: Array, array: Array) -> Array:
@@ -211,7 +220,7 @@ def _put_by_rows(array: Array, block: Array, start: int) -> Array:
     # One slice would be fused with the computation of the block, over the whole array.
     if array.dtype.itemsize == 2 or array.shape[-2] < _LEAST_BLOCKED:
         return jax.lax.dynamic_update_slice_in_dim(array, block, start, axis=-1)
-    block = block.reshape(-1, *block.shape[-2:])
+    block = _join_batch(block)
 
     def put_rows(
         array: Array, layer: Array, first: Array | int, num_rows: int

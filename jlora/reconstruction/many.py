@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,17 +13,15 @@ from jax.core import Tracer
 
 from jlora import _checks
 from jlora._dispatch import (
-    Implementation,
-    can_always,
     check_usable,
     choose,
     run_first,
 )
-from jlora._numerics import compute_dtype, matmul_activations, to_compute
+from jlora._numerics import compute_dtype, matmul_activations, thin_dtype, to_compute
 from jlora._types import AnyArray, Array, Float, Int, Scalar
 from jlora.factors import Factors, pad_rank
 from jlora.reconstruction.apply import choose_dtypes
-from jlora.reconstruction.row_blocks import count_blocks, sort_into_blocks
+from jlora.reconstruction.many_implementations import IMPLEMENTATIONS
 
 
 def stack_factors(factors: Sequence[Factors]) -> Factors:
@@ -121,7 +120,7 @@ def choose_many(
 ) -> str:
     """Return the name of the implementation that `apply_many` would run."""
     given = _prepare(x, bank, index, base, scale, implementation)
-    return choose(_IMPLEMENTATIONS, implementation, platform, given.list_arrays()).name
+    return choose(IMPLEMENTATIONS, implementation, platform, given.list_arrays()).name
 
 
 class _Arguments(NamedTuple):
@@ -136,7 +135,7 @@ class _Arguments(NamedTuple):
 
     def list_arrays(self) -> tuple[Array, ...]:
         """Return the arrays that decide between the implementations."""
-        rows = self.x.reshape(-1, self.x.shape[-1])
+        rows = self.x.reshape(math.prod(self.x.shape[:-1]), self.x.shape[-1])
         return rows, self.u, self.v, self.scale, self.index.reshape(-1)
 
 
@@ -148,7 +147,7 @@ def _prepare(
     scale: Scalar,
     implementation: str | None,
 ) -> _Arguments:
-    x = _checks.check_matrix(x, "x")
+    x = _check_rows(x)
     u, v = _checks.check_factors(bank, "bank")
     if u.ndim != 3:
         raise ValueError(
@@ -165,13 +164,26 @@ def _prepare(
     scale = _check_scale(scale, len(u))
 
     given = _Arguments(x, u, v, index, base, scale)
-    check_usable(_IMPLEMENTATIONS, implementation, given.list_arrays())
+    check_usable(IMPLEMENTATIONS, implementation, given.list_arrays())
     return given
 
 
-def _check_scale(scale: Scalar, num_adapters: int) -> Array:
-    scale = jnp.asarray(scale)
-    if scale.shape not in ((), (num_adapters,)):
+def _check_rows(x: AnyArray) -> Array:
+    x = _checks.check_array(x, "x")
+    if x.ndim < 2:
+        raise ValueError(
+            f"`x` must have shape [..., t, m], got {x.shape}. Add an axis for one row."
+        )
+    return x
+
+
+def _check_scale(scale: Any, num_adapters: int) -> Array:
+    if np.ndim(scale) == 0:
+        return jnp.asarray(_checks.check_scalar(scale, "scale"))
+    if isinstance(scale, (list, tuple)):
+        scale = jnp.asarray(scale, float)
+    scale = _checks.check_array(scale, "scale")
+    if scale.shape != (num_adapters,):
         raise ValueError(
             f"`scale` must be a number or have shape ({num_adapters},), one for each "
             f"adapter, got shape {scale.shape}. Reshape it."
@@ -211,70 +223,13 @@ def _apply_many(
 ) -> Array:
     *batch, m = x.shape
     working, dtype = choose_dtypes(x, u, v, base)
-    rows = x.reshape(-1, m).astype(working)
+    rows = x.reshape(math.prod(batch), m).astype(working)
     index = index.reshape(-1).astype(jnp.int32)
     scale = jnp.broadcast_to(scale, len(u)).astype(compute_dtype(working))
 
-    arrays = rows, u.astype(working), v.astype(working), scale, index
-    delta = run_first(_IMPLEMENTATIONS, implementation, arrays)
+    v_working = v.astype(thin_dtype(working))
+    arrays = rows, u.astype(working), v_working, scale, index
+    delta = run_first(IMPLEMENTATIONS, implementation, arrays)
     if base is not None:
         delta = delta + matmul_activations(rows, base.astype(working))
     return delta.astype(dtype).reshape(*batch, v.shape[-1])
-
-
-def _is_gain_gather(
-    platform: str, rows: Array, u: Array, v: Array, scale: Array, index: Array
-) -> bool:
-    # Sorting copies an adapter for each block instead of each row, and sorts.
-    return len(rows) <= 2 * count_blocks(len(rows), len(u))
-
-
-def _is_gain_sort(platform: str, *arguments: Any) -> bool:
-    return True
-
-
-def _apply_gathered(
-    rows: Float[Array, "t m"],
-    u: Float[Array, "a m r"],
-    v: Float[Array, "a r n"],
-    scale: Float[Array, " a"],
-    index: Int[Array, " t"],
-) -> Float[Array, "t n"]:
-    """Return each row times the adapter that is gathered for it."""
-    is_used = (index >= 0) & (index < len(u))
-    safe = jnp.where(is_used, index, 0)
-    thin = matmul_activations(rows[:, None, :], u[safe])
-    thin = (thin * scale[safe, None, None]).astype(rows.dtype)
-    delta = matmul_activations(thin, v[safe])[:, 0]
-    return jnp.where(is_used[:, None], delta, 0)
-
-
-def _apply_sorted(
-    rows: Float[Array, "t m"],
-    u: Float[Array, "a m r"],
-    v: Float[Array, "a r n"],
-    scale: Float[Array, " a"],
-    index: Int[Array, " t"],
-) -> Float[Array, "t n"]:
-    """Return the same, with the rows sorted into blocks of one adapter each."""
-    num_adapters = len(u)
-    is_used = (index >= 0) & (index < num_adapters)
-    layout = sort_into_blocks(jnp.where(is_used, index, num_adapters), num_adapters)
-
-    # Multiply block by block; a slot without a row holds zeros.
-    padded = rows.at[layout.source].get(mode="fill", fill_value=0)
-    stacked = padded.reshape(len(layout.adapter), -1, rows.shape[-1])
-    thin = matmul_activations(stacked, u[layout.adapter])
-    thin = (thin * scale[layout.adapter, None, None]).astype(rows.dtype)
-    delta = matmul_activations(thin, v[layout.adapter])
-
-    # Bring the rows back into their order.
-    delta = delta.reshape(len(layout.source), -1)
-    delta = delta.at[layout.slot_of_row].get(mode="fill", fill_value=0)
-    return jnp.where(is_used[:, None], delta, 0)
-
-
-_IMPLEMENTATIONS = (
-    Implementation("gather", can_always, _is_gain_gather, _apply_gathered),
-    Implementation("sort", can_always, _is_gain_sort, _apply_sorted),
-)

@@ -16,7 +16,7 @@ class RowLayout(NamedTuple):
 
     source: Int[Array, " slots"]  # the row in each slot; the number of rows: none
     slot_of_row: Int[Array, " t"]
-    adapter: Int[Array, " blocks"]  # the adapter of each block
+    adapter: Int[Array, " blocks"]  # of each block; the number of adapters: none
 
 
 def sort_into_blocks(group: Int[Array, " t"], num_adapters: int) -> RowLayout:
@@ -47,12 +47,12 @@ def sort_into_blocks(group: Int[Array, " t"], num_adapters: int) -> RowLayout:
 
     numbers = jnp.arange(num_blocks)
     adapter = jnp.searchsorted(last_block[:-1], numbers, side="right")
-    return RowLayout(source, slot_of_row, jnp.minimum(adapter, num_adapters - 1))
+    return RowLayout(source, slot_of_row, adapter)
 
 
 def _choose_block_rows(num_rows: int, num_adapters: int) -> int:
     """Return the power of two above an adapter's average number of rows, limited."""
-    average = -(-num_rows // num_adapters)
+    average = max(-(-num_rows // num_adapters), 1)
     power = 1 << (average - 1).bit_length()
     return min(max(power, _LEAST_BLOCK_ROWS), _MOST_BLOCK_ROWS)
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from jlora import _checks
-from jlora._numerics import eye_like, matmul, to_compute
+from jlora._numerics import (
+    eye_like,
+    matmul,
+    split_scale,
+    times_power_of_two,
+    to_compute,
+)
 from jlora._types import AnyArray, Array, Float, Scalar
+from jlora.factorization.orthonormal import factor_rows
 from jlora.factors import Factors
 
 
@@ -28,7 +36,7 @@ def precondition_gradient(
         gradient: the gradients of u and v, in `Factors` of the same shapes.
         delta: not negative, static or traced: δ is delta times the mean diagonal of the
             Gram matrix. It keeps the step finite if a factor has less than full rank.
-            With 0 the invariance is exact.
+            With 0 the invariance is exact, and such a factor gives NaN.
 
     Returns:
         `Factors` in the common compute dtype, to be multiplied by a learning rate and
@@ -39,6 +47,11 @@ def precondition_gradient(
         ValueError: shapes that do not fit.
 
     Cost: O((m + n) r² + r³) flops.
+
+    Accuracy: as the solution of a system with the condition of the factor, not of its
+        Gram matrix: about 1e-4 in float32 for dependent columns at the default delta.
+
+    Gradients: exact, to all arguments.
 
     Source: Zhang and Pilanci, "Riemannian preconditioned LoRA for fine-tuning
         foundation models", 2024; Tong, Ma, Chi, "Accelerating ill-conditioned low-rank
@@ -55,6 +68,7 @@ def precondition_gradient(
     du, dv = _checks.check_factors(gradient, "gradient")
     _checks.check_shape(du.shape, u.shape, "gradient.u", "that of factors.u")
     _checks.check_shape(dv.shape, v.shape, "gradient.v", "that of factors.v")
+    delta = _checks.check_scalar(delta, "delta", minimum=0)
     return _precondition_gradient(u, v, du, dv, delta)
 
 
@@ -67,22 +81,81 @@ def _precondition_gradient(
     delta: Scalar,
 ) -> Factors:
     u, v, du, dv = to_compute(u, v, du, dv)
-    gram_u, gram_v = matmul(u.mT, u), matmul(v, v.mT)
-    return Factors(
-        solve_damped(gram_v, du.mT, delta).mT, solve_damped(gram_u, dv, delta)
-    )
+    return Factors(solve_damped(v, du.mT, delta).mT, solve_damped(u.mT, dv, delta))
 
 
 def solve_damped(
-    gram: Float[Array, "*batch r r"], rows: Float[Array, "*batch r n"], delta: Scalar
+    root: Float[Array, "*batch r k"], rows: Float[Array, "*batch r n"], delta: Scalar
 ) -> Float[Array, "*batch r n"]:
-    """Return (gram + δ I)⁻¹ rows, with δ = delta times the mean diagonal."""
-    mean = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] / gram.shape[-1]
-    # A zero Gram matrix has no inverse; we return the rows unchanged.
-    is_zero = mean == 0
-    eye = eye_like(gram)
-    damped = jnp.where(is_zero, eye, gram + jnp.asarray(delta, gram.dtype) * mean * eye)
-    return jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(damped), True), rows)
+    """Return (root rootᵀ + δ I)⁻¹ rows, with δ = delta times the mean diagonal.
+
+    The Gram matrix itself would have the squared condition, and its rounding exceeds
+    a δ of 1e-6 from a rank of 16 on. Instead a QR decomposition of the root, with √δ I
+    below it, gives the Cholesky factor. NaN if it is singular, which needs delta = 0.
+    """
+    unit, exponent = split_scale(root)
+    delta = jnp.asarray(delta, root.dtype)
+    solved = _solve_unit(unit, rows, delta)
+    # A zero root has no inverse; we return the rows unchanged.
+    is_zero = jnp.all(unit == 0, axis=(-2, -1), keepdims=True)
+    return times_power_of_two(solved, jnp.where(is_zero, 0, -2 * exponent))
+
+
+@jax.custom_jvp
+def _solve_unit(
+    root: Float[Array, "*batch r k"],
+    rows: Float[Array, "*batch r n"],
+    delta: Float[Array, ""],
+) -> Float[Array, "*batch r n"]:
+    """Return the solution for a root with entries near one, or zero."""
+    return _solve_triangular(_find_triangle(root, delta), rows)
+
+
+@_solve_unit.defjvp
+def _differentiate_solution(
+    primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
+) -> tuple[Array, Array]:
+    # (G + δ I) dx = d rows - (dG + dδ I) x, with G = root rootᵀ and δ = delta mean.
+    root, rows, delta = primals
+    d_root, d_rows, d_delta = tangents
+    upper = _find_triangle(root, delta)
+    x = _solve_triangular(upper, rows)
+
+    d_mean = 2 * jnp.sum(root * d_root, axis=(-2, -1), keepdims=True) / root.shape[-2]
+    d_damping = delta * d_mean + d_delta * _find_mean(root)
+    right = d_rows - matmul(d_root, matmul(root.mT, x)) - d_damping * x
+    right = right - matmul(root, matmul(d_root.mT, x))
+    return x, _solve_triangular(upper, right)
+
+
+def _find_triangle(
+    root: Float[Array, "*batch r k"], delta: Float[Array, ""]
+) -> Float[Array, "*batch r r"]:
+    """Return t with tᵀ t = root rootᵀ + δ I; NaN if singular, I for a zero root."""
+    _, part = factor_rows(root)
+    mean = _find_mean(part)
+    eye = eye_like(matmul(part, part.mT))
+    damping = jnp.sqrt(delta * mean) * eye
+    upper = jnp.linalg.qr(jnp.concatenate([part.mT, damping], axis=-2), mode="r")
+
+    diagonal = jnp.abs(jnp.diagonal(upper, axis1=-2, axis2=-1))[..., None, :]
+    least, largest = (f(diagonal, axis=-1, keepdims=True) for f in (jnp.min, jnp.max))
+    is_singular = least <= 4 * jnp.finfo(upper.dtype).eps * largest
+    upper = jnp.where(is_singular, jnp.nan, upper)
+    return jnp.where(mean == 0, eye, upper)
+
+
+def _find_mean(root: Float[Array, "*batch r k"]) -> Float[Array, "*batch 1 1"]:
+    """Return the mean diagonal of root rootᵀ."""
+    return jnp.sum(root**2, axis=(-2, -1), keepdims=True) / root.shape[-2]
+
+
+def _solve_triangular(
+    upper: Float[Array, "*batch r r"], rows: Float[Array, "*batch r n"]
+) -> Float[Array, "*batch r n"]:
+    """Return (upperᵀ upper)⁻¹ rows."""
+    solve = functools.partial(jax.lax.linalg.triangular_solve, upper, left_side=True)
+    return solve(solve(rows, transpose_a=True))
 
 
 def project_gradient_out(

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 
 from jlora import _checks
 from jlora._numerics import (
-    frobenius_norm,
     is_finite,
     matmul,
     power_of_two_scale,
+    refuse_derivative,
+    split_scale,
     to_compute,
 )
 from jlora._types import AnyArray, Array, Float, Int, Scalar
@@ -22,6 +23,11 @@ from jlora.factorization.core import decompose_core
 from jlora.factorization.sketch import fixed_sketch
 from jlora.factors import SVD, Factors, check_svd, fix_signs, mask_nonfinite, mask_rank
 from jlora.updates.additive import add_low_rank, extend_basis
+
+_NOT_DIFFERENTIABLE = (
+    "`svd` and `change` must not be differentiated by integrate_low_rank, got a "
+    "derivative request. Apply jax.lax.stop_gradient to them, or use retract."
+)
 
 
 class Tangent(NamedTuple):
@@ -137,7 +143,7 @@ def retract(svd: SVD, tangent: Tangent, step: Scalar = 1.0) -> SVD:
 
     # u core vt + left vt + u right as one product of twice the rank.
     u, s, vt, core, left, right = to_compute(u, s, vt, core, left, right)
-    step = jnp.asarray(step, u.dtype)
+    step = jnp.asarray(_checks.check_scalar(step, "step"), u.dtype)
     x = jnp.concatenate([left + matmul(u, core), u], axis=-1)
     y = jnp.concatenate([vt, right], axis=-2)
     return add_low_rank(SVD(u, s, vt), step * x, y, rank=s.shape[-1])
@@ -194,6 +200,8 @@ def integrate_low_rank(
         is orthogonal to all of the other. Otherwise of first order, with a constant
         that does not depend on the singular values.
 
+    Gradients: refused with a TypeError: the bases and the rank jump with the values.
+
     Source: Ceruti, Kusch, Lubich, "A rank-adaptive robust integrator for dynamical
         low-rank approximation", 2022.
 
@@ -207,9 +215,12 @@ def integrate_low_rank(
     u, s, vt = check_svd(svd)
     arrays = _check_change(change, u, vt, "change")
     limit = min(u.shape[-2], vt.shape[-1], 2 * s.shape[-1])
+    tolerance = _checks.check_scalar(tolerance, "tolerance", minimum=0)
     max_rank = s.shape[-1] if max_rank is None else max_rank
     max_rank = _checks.check_integer(max_rank, "max_rank", maximum=limit)
-    return _integrate(SVD(u, s, vt), arrays, tolerance, max_rank)
+    refuse = functools.partial(refuse_derivative, message=_NOT_DIFFERENTIABLE)
+    svd, arrays = jax.tree.map(refuse, (SVD(u, s, vt), arrays))
+    return _integrate(svd, arrays, tolerance, max_rank)
 
 
 @functools.partial(jax.jit, static_argnames="max_rank")
@@ -229,8 +240,9 @@ def _integrate(
     e, s, f = decompose_core(core, width, noise, is_reduced=False)
 
     # tail[k] is the norm that truncation to rank k removes.
-    tail = jnp.sqrt(jnp.cumsum(s[..., ::-1] ** 2, axis=-1)[..., ::-1])
-    allowed = jnp.asarray(tolerance, s.dtype) * frobenius_norm(core)[..., None]
+    unit_s = split_scale(s, axis=-1).unit
+    tail = jnp.sqrt(jnp.cumsum(unit_s[..., ::-1] ** 2, axis=-1)[..., ::-1])
+    allowed = jnp.asarray(tolerance, s.dtype) * tail[..., :1]
     rank = jnp.sum(tail > allowed, axis=-1)
     rank = jnp.clip(rank, 1, max_rank).astype(jnp.int32)
 

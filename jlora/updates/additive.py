@@ -18,15 +18,17 @@ from jlora._numerics import (
     eye_like,
     is_finite,
     matmul,
-    power_of_two_scale,
+    split_scale,
+    times_power_of_two,
     to_compute,
 )
 from jlora._types import AnyArray, Array, Float
 from jlora.factorization.core import decompose_core
+from jlora.factorization.derivative import differentiate_product
 from jlora.factorization.orthonormal import orthonormalize
 from jlora.factorization.sketch import fixed_sketch
-from jlora.factors import SVD, check_svd, fix_signs, mask_nonfinite
-from jlora.updates.recompression import decompose_product
+from jlora.factors import SVD, check_svd, fix_signs, mask_nonfinite, truncate_svd
+from jlora.updates.products import decompose_product, equilibrate
 
 
 def add_low_rank(
@@ -64,8 +66,8 @@ def add_low_rank(
         to 1e-5 in float32 over any number of updates. u and v of `svd` are assumed to
         be orthonormal.
 
-    Gradients: exact if the singular values are distinct, and x and y have a part
-        outside the old bases.
+    Gradients: of the SVD of the sum as a matrix: exact where the singular values kept
+        are distinct and nonzero, NaN for the vectors of the others.
 
     Example:
         >>> import jax.numpy as jnp, jlora
@@ -173,17 +175,34 @@ def _add_low_rank(svd: SVD, x: Array, y: Array, rank: int) -> SVD:
         left = jnp.concatenate([u * s[..., None, :], x], -1)
         return decompose_product(left, jnp.concatenate([vt, y], -2), rank)
 
-    # Extend both bases by the new directions.
-    scale_x, scale_y = power_of_two_scale(x), power_of_two_scale(y)
-    left, part_x = extend_basis(u.mT, x.mT / scale_x)
-    right, part_y = extend_basis(vt, y / scale_y)
+    # One scale at which neither term overflows, and each column of x in its own.
+    product = equilibrate(x, y)
+    unit_s, exponent_s = split_scale(s[..., None, :])
+    exponent = jnp.maximum(product.exponent, exponent_s)
+    s = times_power_of_two(unit_s, exponent_s - exponent)[..., 0, :]
+    y = times_power_of_two(product.v, product.exponents + product.exponent - exponent)
 
-    # The sum in these bases, scaled so that neither term overflows beside the other.
-    sizes = jnp.concatenate([s, (scale_x * scale_y)[..., 0]], -1)
-    scale = power_of_two_scale(sizes[..., None, :])
-    term = matmul(part_x.mT, part_y) * (scale_x / scale * scale_y)
-    padding = [(0, 0)] * (s.ndim - 1) + [(0, x.shape[-1])]
-    old = jnp.pad(s / scale[..., 0], padding)
+    found = _add_scaled(u, s, vt, product.u, y, rank)
+    return found._replace(s=times_power_of_two(found.s, exponent[..., 0]))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
+def _add_scaled(
+    u: Float[Array, "*batch m r"],
+    s: Float[Array, "*batch r"],
+    vt: Float[Array, "*batch r n"],
+    x: Float[Array, "*batch m b"],
+    y: Float[Array, "*batch b n"],
+    rank: int,
+) -> SVD:
+    """Return the SVD of u diag(s) vt + x @ y, whose largest term is near one."""
+    # Extend both bases by the new directions.
+    left, part_x = extend_basis(u.mT, x.mT)
+    right, part_y = extend_basis(vt, y)
+
+    # The sum in these bases.
+    term = matmul(part_x.mT, part_y)
+    old = jnp.pad(s, [(0, 0)] * (s.ndim - 1) + [(0, x.shape[-1])])
     core = term + old[..., None] * eye_like(term)
 
     # Decompose the small core, and rotate the bases.
@@ -191,8 +210,27 @@ def _add_low_rank(svd: SVD, x: Array, y: Array, rank: int) -> SVD:
     e, s, f = decompose_core(core, rank, noise, is_reduced=False)
     new_u = _polish_orthonormality(matmul(e.mT, left)).mT
     new_vt = _polish_orthonormality(matmul(f, right))
-    found = SVD(new_u, s * scale[..., 0], new_vt)
-    return mask_nonfinite(fix_signs(found), is_finite(core))
+    return mask_nonfinite(fix_signs(SVD(new_u, s, new_vt)), is_finite(core))
+
+
+@_add_scaled.defjvp
+def _differentiate_sum(
+    rank: int, primals: tuple[Array, ...], tangents: tuple[Array, ...]
+) -> tuple[SVD, SVD]:
+    u, s, vt, x, y = primals
+    du, ds, d_vt, dx, dy = tangents
+    svd = _add_scaled(u, s, vt, x, y, s.shape[-1] + x.shape[-1])
+
+    # The sum as one product: [u diag(s), x] @ [vt; y].
+    tangent = differentiate_product(
+        svd,
+        rank,
+        jnp.concatenate([u * s[..., None, :], x], axis=-1),
+        jnp.concatenate([vt, y], axis=-2),
+        jnp.concatenate([du * s[..., None, :] + u * ds[..., None, :], dx], axis=-1),
+        jnp.concatenate([d_vt, dy], axis=-2),
+    )
+    return truncate_svd(svd, rank), tangent
 
 
 def extend_basis(

@@ -9,13 +9,11 @@ import numpy as np
 from jax.core import Tracer
 
 from jlora import _checks
-from jlora._numerics import matmul, to_compute
+from jlora._columns import Columns, check_columns
+from jlora._numerics import to_compute
 from jlora._types import AnyArray, Float
 from jlora.factors import SVD, Factors, check_svd
-from jlora.updates.additive import add_low_rank
-from jlora.updates.recompression import decompose_product
-
-Columns = int | slice | list[int] | tuple[int, ...] | AnyArray
+from jlora.updates.products import decompose_product
 
 
 @overload
@@ -72,7 +70,7 @@ def set_columns(
         u, v = _checks.check_factors(factors)
 
     values = _checks.check_matrix(values, "values")
-    indices = _checks.check_columns(columns, v.shape[-1])
+    indices = check_columns(columns, v.shape[-1])
     batch = v.shape[:-2] if values.ndim > 2 else ()
     expected = (*batch, v.shape[-2], len(indices))
     meaning = "rank rows, one column for each set"
@@ -95,8 +93,6 @@ def replace_columns(
 ) -> SVD:
     """Return the SVD of the matrix of the given SVD with some columns replaced.
 
-    It adds a low-rank term: the differences of the columns, each at its index.
-
     Args:
         svd: `SVD` of u [..., m, r], s [..., r], vt [..., r, n].
         columns: as in `set_columns`.
@@ -111,11 +107,10 @@ def replace_columns(
         ValueError: an index out of range or repeated, shapes that do not fit, or a rank
             out of its range.
 
-    Cost, Gradients: as `add_low_rank`.
+    Cost, Gradients: as `recompress` of rank r + k.
 
-    Accuracy: exact to rounding of the larger of the matrix and the new columns. Loses
-        relative accuracy if the replaced columns dominate: if they hold all of the norm
-        except 1e-3, three digits are lost.
+    Accuracy: exact to rounding of the result. The replaced columns are not read: they
+        may hold NaN.
 
     Example:
         >>> import jax.numpy as jnp, jlora
@@ -127,16 +122,24 @@ def replace_columns(
     u, s, vt = check_svd(svd)
     c = _checks.check_matrix(c, "c")
     n = vt.shape[-1]
-    indices = _checks.check_columns(columns, n)
+    indices = check_columns(columns, n)
     k = len(indices)
     meaning = "rows of svd.u, a column for each"
     _checks.check_shape(c.shape, (*u.shape[:-1], k), "c", meaning)
 
+    limit = min(u.shape[-2], n, s.shape[-1] + k)
+    if rank is None:
+        rank = limit
+    rank = _checks.check_integer(rank, "rank", maximum=limit)
+
+    # [u diag(s), c] @ [vt with zeros in these columns; ones there]. The old columns are
+    # not read: NaN in them does no harm, and large values cost no accuracy.
     u, s, vt, c = to_compute(u, s, vt, c)
-    difference = c - matmul(u * s[..., None, :], vt[..., indices])
+    kept = vt.at[..., indices].set(0)
     selection = jnp.zeros((k, n), vt.dtype).at[jnp.arange(k), indices].set(1)
     selection = jnp.broadcast_to(selection, (*vt.shape[:-2], k, n))
-    return add_low_rank(SVD(u, s, vt), difference, selection, rank=rank)
+    left = jnp.concatenate([u * s[..., None, :], c], axis=-1)
+    return decompose_product(left, jnp.concatenate([kept, selection], axis=-2), rank)
 
 
 def remove_columns(svd: SVD, columns: Columns) -> SVD:
@@ -168,7 +171,7 @@ def remove_columns(svd: SVD, columns: Columns) -> SVD:
     """
     u, s, vt = check_svd(svd)
     n = vt.shape[-1]
-    indices = _checks.check_columns(columns, n)
+    indices = check_columns(columns, n)
     if isinstance(indices, Tracer):
         raise TypeError(
             "`columns` must be static, got a traced array: the shape of the result "

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jlora import _checks
 from jlora._numerics import (
-    is_finite,
-    matmul,
-    power_of_two_scale,
     refuse_derivative,
+    times_power_of_two,
     to_compute,
 )
 from jlora._types import Array, Float, PRNGKey, Scalar
-from jlora.factorization.core import decompose_core
 from jlora.factorization.iteration import decompose_randomly
 from jlora.factorization.operators import ImplicitProduct
-from jlora.factorization.orthonormal import orthonormalize
 from jlora.factorization.passes import plan_iteration
-from jlora.factorization.sketch import fixed_sketch
-from jlora.factors import SVD, Factors, fix_signs, mask_nonfinite, pad_rank, split_svd
+from jlora.factors import (
+    SVD,
+    Factors,
+    fix_signs,
+    pad_rank,
+)
+from jlora.updates.products import (
+    balance_product,
+    decompose_product,
+    decompose_scaled,
+    equilibrate,
+    find_rank_limit,
+)
 
 
 def concatenate_factors(
@@ -58,7 +66,7 @@ def concatenate_factors(
         ((3, 2), [1.5, 1.5])
     """
     pairs = _checks.check_pairs(factors)
-    weights = [1.0] * len(pairs) if weights is None else list(weights)
+    weights = [1.0] * len(pairs) if weights is None else _list_weights(weights)
     if len(weights) != len(pairs):
         raise ValueError(
             f"`weights` must hold one number for each of {len(pairs)} factors, "
@@ -72,6 +80,21 @@ def concatenate_factors(
     ]
     u = jnp.concatenate(us, axis=-1)
     return Factors(u, jnp.concatenate(arrays[1::2], axis=-2))
+
+
+def _list_weights(weights: Any) -> list[Scalar]:
+    """Return `weights` as a list of numbers."""
+    is_array = hasattr(weights, "shape") and hasattr(weights, "dtype")
+    if not (len(weights.shape) == 1 if is_array else isinstance(weights, Sequence)):
+        got = f"shape {weights.shape}" if is_array else type(weights).__name__
+        raise TypeError(
+            f"`weights` must be a sequence of numbers or an array [k], got {got}. "
+            "Pass one number for each of the factors."
+        )
+    return [
+        _checks.check_scalar(weight, f"weights[{i}]")
+        for i, weight in enumerate(weights)
+    ]
 
 
 def recompress(factors: Factors, rank: int, *, key: PRNGKey | None = None) -> SVD:
@@ -102,8 +125,8 @@ def recompress(factors: Factors, rank: int, *, key: PRNGKey | None = None) -> SV
     Accuracy: exact for factors that differ from the given ones by rounding, also for
         dependent columns. With a key as `randomized_svd`.
 
-    Gradients: exact where the singular values kept are distinct, k ≤ min(m, n), and the
-        factors have full rank. Refused with a key.
+    Gradients: exact where the singular values kept are distinct and nonzero; NaN for
+        the vectors of the others. Refused with a key.
 
     Example:
         >>> import jax, jlora
@@ -113,12 +136,12 @@ def recompress(factors: Factors, rank: int, *, key: PRNGKey | None = None) -> SV
         ((50, 3), (3,), (3, 50))
     """
     u, v = _checks.check_factors(factors)
-    rank = _checks.check_integer(rank, "rank", maximum=_find_limit(u, v))
+    rank = _checks.check_integer(rank, "rank", maximum=find_rank_limit(u, v))
     if key is None:
         return decompose_product(u, v, rank)
     _checks.check_key(key)
     num_passes, block_size, width = plan_iteration((u.shape[-2], v.shape[-1]), rank)
-    if width >= _find_limit(u, v):
+    if width >= find_rank_limit(u, v):
         return decompose_product(u, v, rank)
     return _recompress_randomly(
         refuse_derivative(u), refuse_derivative(v), key, rank, num_passes, block_size
@@ -153,8 +176,8 @@ def balance(factors: Factors) -> Factors:
         (64.0, 64.0)
     """
     u, v = _checks.check_factors(factors)
-    rank, kept = u.shape[-1], _find_limit(u, v)
-    return pad_rank(split_svd(decompose_product(u, v, kept)), rank)
+    rank, kept = u.shape[-1], find_rank_limit(u, v)
+    return pad_rank(balance_product(u, v, kept), rank)
 
 
 def orthogonalize_product(factors: Factors) -> Factors:
@@ -193,18 +216,13 @@ def orthogonalize_product(factors: Factors) -> Factors:
         [1.0, 1.0, 0.0]
     """
     u, v = _checks.check_factors(factors)
-    rank, kept = u.shape[-1], _find_limit(u, v)
-    left, s, right = decompose_product(u, v, kept)
+    rank, kept = u.shape[-1], find_rank_limit(u, v)
+    left, s, right = decompose_scaled(u, v, kept).svd
     threshold = 10 * jnp.finfo(s.dtype).eps * kept**0.5 * s[..., :1]
     # NaN is not below the threshold, so it stays NaN.
     is_small = (s <= threshold)[..., None]
     u, v = jnp.where(is_small.mT, 0, left), jnp.where(is_small, 0, right)
     return pad_rank(Factors(u, v), rank)
-
-
-def _find_limit(u: Array, v: Array) -> int:
-    """Return the largest rank of u @ v."""
-    return min(u.shape[-2], v.shape[-1], u.shape[-1])
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "num_passes", "block_size"))
@@ -216,42 +234,9 @@ def _recompress_randomly(
     num_passes: int,
     block_size: int,
 ) -> SVD:
-    u, v = to_compute(u, v)
-    scale_u, scale_v = power_of_two_scale(u), power_of_two_scale(v)
-    product = ImplicitProduct(u / scale_u, v / scale_v)
-    svd = decompose_randomly(product, key, None, rank, num_passes, block_size)
-    return fix_signs(svd._replace(s=svd.s * scale_u[..., 0] * scale_v[..., 0]))
-
-
-@functools.partial(jax.jit, static_argnames="rank")
-def decompose_product(
-    u: Float[Array, "*batch m k"], v: Float[Array, "*batch k n"], rank: int
-) -> SVD:
-    """Return the SVD of u @ v truncated to `rank`."""
-    # Orthonormalise both factors.
-    u, v = to_compute(u, v)
-    scale_u, scale_v = power_of_two_scale(u), power_of_two_scale(v)
-    left, part_u = _find_basis(u.mT / scale_u)
-    right, part_v = _find_basis(v / scale_v)
-
-    # Decompose the small matrix between the bases, and rotate them.
-    core = matmul(part_u.mT, part_v)
-    noise = fixed_sketch(rank, core.shape[-1], core.dtype)
-    e, s, f = decompose_core(core, rank, noise, is_reduced=False)
-    svd = SVD(
-        e if left is None else matmul(e.mT, left).mT,
-        s * scale_u[..., 0] * scale_v[..., 0],
-        f if right is None else matmul(f, right),
-    )
-    return mask_nonfinite(fix_signs(svd), is_finite(core))
-
-
-def _find_basis(
-    rows: Float[Array, "*batch k m"],
-) -> tuple[Float[Array, "*batch k m"] | None, Float[Array, "*batch k _"]]:
-    """Return (basis, part) with rows = part @ basis, or (None, rows) if k ≥ m."""
-    num_rows, size = rows.shape[-2:]
-    if num_rows >= size:
-        return None, rows
-    basis = orthonormalize(rows, fixed_sketch(num_rows, size, rows.dtype))
-    return basis, matmul(rows, basis.mT)
+    product = equilibrate(*to_compute(u, v))
+    weight = times_power_of_two(jnp.ones((), product.u.dtype), product.exponents)
+    operator = ImplicitProduct(product.u * weight.mT, product.v)
+    svd = decompose_randomly(operator, key, None, rank, num_passes, block_size)
+    s = times_power_of_two(svd.s, product.exponent[..., 0])
+    return fix_signs(svd._replace(s=s))

@@ -40,7 +40,7 @@ from tests.helpers.refused_functions import REFUSED
 
 # Sums of at most a hundred products of float32 values, added in two orders, differ by
 # about 1e-6.
-CLOSE = 1e-5
+CLOSE = 2e-5  # 100 eps of float32: three products and tanh, one after another
 
 SUPPORTED = (
     *PRODUCTS,

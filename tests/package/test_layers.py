@@ -12,6 +12,7 @@ MODULES = source.list_files("jlora")
 PACKAGES = [
     "_types",
     "_checks",
+    "_columns",
     "_numerics",
     "_dispatch",
     "_progress",

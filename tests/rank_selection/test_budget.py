@@ -84,6 +84,69 @@ def test_allocation_prefers_the_cheaper_layer():
     }
 
 
+def test_a_layer_that_cannot_be_bought_leaves_the_budget_to_others():
+    spectra = {"big": np.full(50, 20.0), "small": np.ones(5)}
+    shapes = {"big": (500, 500), "small": (5, 5)}  # 1000 and 10 parameters a rank
+    expected = {49: (0, 4), 50: (0, 5), 500: (0, 5), 999: (0, 5), 1000: (1, 0)}
+    for budget, ranks in (expected | {1050: (1, 5), 10**30: (50, 5)}).items():
+        found = jlora.allocate_ranks(spectra, budget=budget, shapes=shapes)
+        assert found == dict(zip(("big", "small"), ranks, strict=True))
+
+
+def measure_energy(layers, ranks):
+    return sum(
+        np.sum(s[:rank] ** 2) for (s, _), rank in zip(layers, ranks, strict=True)
+    )
+
+
+def search_exhaustively(layers, budget):
+    """Return the largest energy, and that of the best rank that fits by itself."""
+    choices = itertools.product(*(range(len(s) + 1) for s, _ in layers))
+    costs = np.array([sum(shape) for _, shape in layers])
+    best = max(
+        measure_energy(layers, ranks)
+        for ranks in choices
+        if np.dot(costs, ranks) <= budget
+    )
+    fitting = [s[0] ** 2 for (s, shape) in layers if sum(shape) <= budget]
+    return best, max(fitting, default=0.0)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_energy_misses_the_optimum_by_less_than_one_rank(seed):
+    rng = np.random.default_rng(seed)
+    kinds = ("random", "ties", "zeros")
+    layers = []
+    for number in range(rng.integers(1, 5)):
+        size = int(rng.integers(1, 5))
+        values = {
+            "random": np.sort(rng.exponential(size=size))[::-1],
+            "ties": np.ones(size),
+            "zeros": np.zeros(size),
+        }[kinds[(seed + number) % 3]]
+        layers.append((values, tuple(map(int, rng.integers(size, 60, 2)))))
+
+    spectra, shapes = [s for s, _ in layers], [shape for _, shape in layers]
+    for budget in (0, 7, 40, 90, 200, 500, 2000):
+        ranks = jlora.allocate_ranks(spectra, budget=budget, shapes=shapes)
+        assert sum(r * sum(x) for r, x in zip(ranks, shapes, strict=True)) <= budget
+        best, one_rank = search_exhaustively(layers, budget)
+        assert best - measure_energy(layers, ranks) <= one_rank * (1 + 1e-12)
+        # No rank with energy that still fits is left.
+        left = budget - sum(r * sum(x) for r, x in zip(ranks, shapes, strict=True))
+        for (s, shape), rank in zip(layers, ranks, strict=True):
+            assert rank == len(s) or s[rank] == 0 or sum(shape) > left
+
+
+@pytest.mark.parametrize("exponent", [-1000, -500, 500, 1000])
+def test_the_scale_of_the_spectra_does_not_matter(exponent):
+    rng = np.random.default_rng(0)
+    spectra = [np.sort(rng.exponential(size=6))[::-1] for _ in range(3)]
+    scaled = [np.ldexp(s, exponent) for s in spectra]
+    expected = jlora.allocate_ranks(spectra, budget=100)
+    assert jlora.allocate_ranks(scaled, budget=100) == expected
+
+
 @pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("call", "error", "text"),

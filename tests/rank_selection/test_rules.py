@@ -7,6 +7,7 @@ import pytest
 
 import jlora
 from benchmarks.run.matrices import NUM_SPIKES, make_spiked
+from jlora.rank_selection import rules
 
 S = np.array([4.0, 2.0, 1.0, 0.5])
 
@@ -222,3 +223,13 @@ A = np.ones((4, 3))
 def test_refusals(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+@pytest.mark.parametrize("exponent", [-1000, -300, 300, 1000])
+@pytest.mark.parametrize("rule", rules.RULES)
+def test_the_scale_of_the_spectrum_does_not_matter(rule, exponent):
+    values = np.linalg.svd(np.random.default_rng(0).standard_normal((30, 20)))[1]
+    expected = jlora.choose_rank(values, rule, shape=(30, 20))
+    found = jlora.choose_rank(np.ldexp(values, exponent), rule, shape=(30, 20))
+    assert found.rank == expected.rank
+    np.testing.assert_allclose(found.curve, expected.curve, rtol=1e-12)

@@ -222,3 +222,46 @@ X, BANK, INDEX, BASE = make_case(6, 2)
 def test_refusals(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("where", ["u", "v", "scale", "x"])
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_values_that_no_row_uses_reach_nothing(where, bad, value, implementation):
+    x, bank, _, _ = make_case(8, 3)
+    used = [adapter for adapter in range(3) if adapter != bad]
+    index = jnp.asarray([used[0], -1, used[1], -1, used[0], -1, -1, used[1]])
+    arrays = {"x": x, "u": bank.u, "v": bank.v, "scale": jnp.arange(1.0, 4.0)}
+    spoiled = arrays[where].at[1 if where == "x" else bad].set(value)
+
+    def apply(x, u, v, scale):
+        bank = jlora.Factors(u, v)
+        y = jlora.apply_many(x, bank, index, scale=scale, implementation=implementation)
+        return jnp.sum(jnp.sin(y))
+
+    def measure(arrays):
+        return jax.value_and_grad(apply, (0, 1, 2, 3))(*arrays.values())
+
+    expected, found = measure(arrays), measure(arrays | {where: spoiled})
+    for one, other in zip(
+        jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+    ):
+        assert bool((one == other).all())
+    dx, du, dv, dscale = found[1]
+    assert bool((dx[index < 0] == 0).all())
+    assert all(bool((gradient[bad] == 0).all()) for gradient in (du, dv, dscale))
+
+
+@pytest.mark.parametrize("shape", [(0, 24), (3, 0, 24), (0, 2, 24)], ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_rows_give_no_rows(shape, implementation):
+    _, bank, _, base = make_case(2, 3)
+    y = jlora.apply_many(
+        jnp.zeros(shape),
+        bank,
+        jnp.zeros(shape[:-1], jnp.int32),
+        base,
+        implementation=implementation,
+    )
+    assert y.shape == (*shape[:-1], 18)

@@ -80,7 +80,7 @@ def test_set_columns_under_jit_and_grad():
         (6, (3, 6), ValueError, "`columns` must be at most 5, got 6"),
         ([5], (3, 1), ValueError, r"`columns` must lie in \[-5, 5\), got 5"),
         ([1, -4], (3, 2), ValueError, "each column once"),
-        ([], (3, 1), TypeError, "`columns` must be an integer k"),
+        ([], (3, 1), ValueError, "`columns` must name at least one column"),
         ([0.5], (3, 1), TypeError, "`columns` must be an integer k"),
     ],
 )

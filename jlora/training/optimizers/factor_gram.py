@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from jlora._numerics import matmul, to_compute
+from jlora._numerics import to_compute
 from jlora._types import Array, Scalar, Tree
 from jlora.adaptation.adapted_weight import AdaptedWeight
 from jlora.adaptation.weight_trees import join_weight
@@ -106,5 +106,5 @@ def _precondition(
 
 def _solve_left(factor: Array, rows: Array, delta: Scalar) -> Array:
     """Return (factorᵀ factor + δ I)⁻¹ rows, in the dtype of the rows."""
-    gram = matmul(factor.mT, factor)
-    return solve_damped(gram, jnp.asarray(rows, gram.dtype), delta).astype(rows.dtype)
+    solved = solve_damped(factor.mT, jnp.asarray(rows, factor.dtype), delta)
+    return solved.astype(rows.dtype)

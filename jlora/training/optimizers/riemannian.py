@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from jlora._numerics import matmul, to_compute
+from jlora._numerics import matmul, split_scale, times_power_of_two, to_compute
 from jlora._types import Array, Int, Scalar, Tree
 from jlora.adaptation.adapted_weight import AdaptedWeight
-from jlora.factors import split_svd
 from jlora.training.gradient_steps import solve_damped
 from jlora.training.optimizers.weights import map_weights, require
-from jlora.updates.recompression import decompose_product
+from jlora.updates.products import balance_product
 
 _DAMPING = 1e-6  # relative; only matters for factors that are not of full rank
 
@@ -130,7 +129,7 @@ def _step_on_manifold(
     thin = jnp.concatenate([u, left_basis, outside], axis=-1)
     wide = jnp.concatenate([v, -rate * left, -rate * right_basis.mT], axis=-2)
     rank_kept = min(rank, u.shape[-2], v.shape[-1])
-    new_u, new_v = split_svd(decompose_product(thin, wide, rank_kept))
+    new_u, new_v = balance_product(thin, wide, rank_kept)
 
     return dataclasses.replace(
         gradient,
@@ -144,6 +143,7 @@ def _find_products(factor: Array, product: Array) -> tuple[Array, Array]:
 
     With factor = basis t, factorᵀ g = tᵀ (basisᵀ g), which is solved for basisᵀ g.
     """
-    basis, triangle = jnp.linalg.qr(factor)
-    gram = matmul(triangle, triangle.mT)
-    return basis, solve_damped(gram, matmul(triangle, product), _DAMPING)
+    unit, exponent = split_scale(factor)
+    basis, triangle = jnp.linalg.qr(unit)
+    solved = solve_damped(triangle, matmul(triangle, product), _DAMPING)
+    return basis, times_power_of_two(solved, -exponent)

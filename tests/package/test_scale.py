@@ -1,0 +1,95 @@
+"""No result depends on the scale of its input: every public function that takes arrays.
+
+Each case says how its results scale with its arguments: an argument is multiplied by
+c**d, a result then is c**D times what it was. With c a power of two the two results are
+the same up to rounding.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers.array_functions import CASES, DTYPE, Case, draw, to_tuple
+from tests.helpers.matrices import X64
+
+# Powers of two for c. The largest entries stay normal numbers with room for sums.
+EXPONENTS = (-900, -200, 900) if X64 else (-100, -40, 64, 100)
+
+
+def list_scaled() -> list[Any]:
+    return [
+        pytest.param(case, degrees, exponent, id=f"{case.name}-{degrees[0]}-{exponent}")
+        for case in CASES
+        for degrees in case.degrees
+        for exponent in EXPONENTS
+    ]
+
+
+def rescale(arrays: Any, degrees: Any, exponent: int) -> tuple[Any, ...]:
+    """Return the arrays times 2**(exponent * degree), in float64 for results."""
+    return tuple(
+        np.ldexp(np.asarray(array), round(exponent * degree)).astype(
+            np.asarray(array).dtype
+        )
+        for array, degree in zip(arrays, degrees, strict=True)
+    )
+
+
+def assert_same(case: Case, found: Any, expected: Any) -> None:
+    eps = np.finfo(DTYPE).eps
+    for one, other in zip(to_tuple(found), to_tuple(expected), strict=True):
+        one, other = np.asarray(one), np.asarray(other)
+        largest = np.abs(other).max(initial=0)
+        assert np.isfinite(one).all()
+        assert np.abs(one - other).max(initial=0) <= case.tolerance * eps * largest
+
+
+@pytest.mark.parametrize(("case", "degrees", "exponent"), list_scaled())
+def test_results_scale_with_their_arguments(case, degrees, exponent):
+    of_arguments, of_results = degrees
+    expected = to_tuple(case.fn(*map(jnp.asarray, case.arrays)))
+    arrays = map(jnp.asarray, rescale(case.arrays, of_arguments, exponent))
+    found = to_tuple(case.fn(*arrays))
+    back = [-degree for degree in of_results]
+    assert_same(case, rescale(found, back, exponent), expected)
+
+
+@pytest.mark.parametrize(
+    ("case", "degrees", "exponent"),
+    [param for param in list_scaled() if param.values[0].has_derivative],
+)
+def test_jvp_scales_with_the_arguments(case, degrees, exponent):
+    of_arguments, of_results = degrees
+    tangents = tuple(draw(*a.shape, seed=9) for a in case.arrays)
+
+    def differentiate(arrays: Any, tangents: Any) -> Any:
+        pairs = (tuple(map(jnp.asarray, each)) for each in (arrays, tangents))
+        return to_tuple(jax.jvp(lambda *a: to_tuple(case.fn(*a)), *pairs)[1])
+
+    expected = differentiate(case.arrays, tangents)
+    found = differentiate(
+        rescale(case.arrays, of_arguments, exponent),
+        rescale(tangents, of_arguments, exponent),
+    )
+    back = [-degree for degree in of_results]
+    assert_same(case, rescale(found, back, exponent), expected)
+
+
+@pytest.mark.parametrize("exponent", EXPONENTS)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.has_derivative], ids=lambda case: case.name
+)
+def test_gradients_are_linear_in_the_cotangent(case, exponent):
+    arrays = tuple(map(jnp.asarray, case.arrays))
+    results, pull_back = jax.vjp(lambda *a: to_tuple(case.fn(*a)), *arrays)
+    cotangents = tuple(draw(*result.shape, seed=11) for result in results)
+
+    expected = pull_back(tuple(map(jnp.asarray, cotangents)))
+    ones = [1] * len(cotangents)
+    scaled = map(jnp.asarray, rescale(cotangents, ones, exponent))
+    found = pull_back(tuple(scaled))
+    back = [-1] * len(found)
+    assert_same(case, rescale(found, back, exponent), expected)
