@@ -3,7 +3,10 @@
 Factorise a weight, A ≈ U V; train the factors; rebuild the weight, A' = U V.
 """
 
-# Imported first: JAX's jitted functions walk the call stack when they are created, so
+# An interrupt of the command during the imports ends it quietly.
+import jlora._interrupt  # noqa: I001, F401
+
+# Imported next: JAX's jitted functions walk the call stack when they are created, so
 # importing JAX under our own frames takes 5 % longer.
 import jax as _jax  # noqa: F401
 import optax as _optax  # noqa: F401

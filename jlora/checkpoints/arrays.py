@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import os
 import pathlib
-import zipfile
+import stat
 from collections.abc import Mapping
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
-import ml_dtypes
 import numpy as np
 
 from jlora._types import AnyArray
 from jlora.checkpoints.files import replace_file
-from jlora.checkpoints.safetensors import read_safetensors, write_safetensors
+from jlora.checkpoints.numpy_files import (
+    can_keep,
+    find_size,
+    read_npy,
+    read_npz,
+    write_npy,
+    write_npz,
+)
+from jlora.checkpoints.safetensors import (
+    check_entries,
+    read_safetensors,
+    write_safetensors,
+)
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
-_UNREADABLE = (ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile)
 
 Path: TypeAlias = str | os.PathLike[str]
 
@@ -26,13 +36,15 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
 
     The array of a .npy file has the name of the file without its suffix. NumPy's
     formats have no name for bfloat16 and store it as two-byte void items; such items
-    are read as bfloat16. Pickled objects are refused.
+    are read as bfloat16. Foreign byte orders are swapped. Nothing is unpickled, and no
+    more memory is taken than the bytes of the file stand for.
 
     Args:
         path: the file. The suffix decides the format.
 
     Returns:
-        {name: NumPy array} in the order of the file, with the stored dtypes.
+        {name: NumPy array} in the order of the file, with the stored dtypes in the
+        byte order of the machine.
 
     Raises:
         OSError: the file cannot be opened.
@@ -49,41 +61,30 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
     """
     path = pathlib.Path(path)
     suffix = check_suffix(path)
-    if os.stat(path).st_size == 0:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path}: must be a regular file, got none. Choose a file.")
+    if status.st_size == 0:
         raise ValueError(
             f"{path}: must hold arrays, got an empty file. Write it again."
         )
-    if suffix == ".safetensors":
-        return read_safetensors(path)
 
-    try:
-        return {path.stem: _read_npy(path)} if suffix == ".npy" else _read_npz(path)
-    except _UNREADABLE as error:
-        raise ValueError(
-            f"{path}: must be a whole {suffix} file of plain arrays, got one that "
-            f"cannot be read ({error}). Write it again."
-        ) from None
-
-
-def _read_npy(path: pathlib.Path) -> np.ndarray:
-    """Return the array of a .npy file."""
     with open(path, "rb") as file:
-        array = np.lib.format.read_array(file, allow_pickle=False)
-        if file.read(1):
-            raise ValueError("bytes follow the array")
-    return _restore_bfloat16(array)
-
-
-def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Return the arrays of a .npz file by name."""
-    # Open the file here: np.load leaves it open if it finds no archive inside.
-    with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-        return {name: _restore_bfloat16(archive[name]) for name in archive.files}
-
-
-def _restore_bfloat16(array: np.ndarray) -> np.ndarray:
-    """Return two-byte void items as bfloat16, and other arrays unchanged."""
-    return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
+        try:
+            if suffix == ".safetensors":
+                return read_safetensors(path)
+            if suffix == ".npy":
+                return {path.stem: read_npy(file, find_size(file))}
+            return read_npz(file, find_size(file))
+        except Exception as error:
+            # Damaged bytes raise two dozen kinds of errors in the parsers below.
+            if str(error).startswith(f"{path}: "):
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"{path}: must be a whole {suffix} file of plain arrays, got one that "
+                f"cannot be read ({reason}). Write it again."
+            ) from None
 
 
 def save_arrays(path: Path, arrays: Mapping[str, AnyArray] | AnyArray) -> None:
@@ -111,24 +112,57 @@ def save_arrays(path: Path, arrays: Mapping[str, AnyArray] | AnyArray) -> None:
         >>> folder.cleanup()
     """
     path = pathlib.Path(path)
-    suffix = check_suffix(path)
     named: Any = arrays if hasattr(arrays, "items") else {path.stem: arrays}
     named = {name: _to_numpy(name, array) for name, array in named.items()}
-    check_count(path, len(named))
+    check_savable(path, named)
 
+    suffix = check_suffix(path)
     with replace_file(path) as file:
         if suffix == ".safetensors":
             write_safetensors(file, named)
         elif suffix == ".npz":
-            _write_npz(file, named)
+            write_npz(file, named)
         else:
             (array,) = named.values()
-            np.lib.format.write_array(file, array, allow_pickle=False)
+            write_npy(file, array)
+
+
+def check_savable(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Refuse arrays that the format of `path` cannot hold as they are.
+
+    Raises:
+        TypeError: a name that is no string, or a dtype that the format has no name for.
+        ValueError: another suffix, a number of arrays or a name that it cannot hold.
+    """
+    suffix = check_suffix(path)
+    check_count(path, len(arrays))
+    for name in arrays:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"{path}: `arrays` must have names that are strings, got {name!r}. "
+                "Convert it with str."
+            )
+        if "\0" in name:
+            raise ValueError(
+                f"{path}: `arrays` must have names without NUL, got {name!r}. "
+                "Rename it."
+            )
+    if suffix == ".safetensors":
+        check_entries(path, arrays)
+        return
+
+    for name, array in arrays.items():
+        if not can_keep(array.dtype):
+            raise TypeError(
+                f"{path}: `arrays` must have dtypes that {suffix} files keep, got "
+                f"{array.dtype} at {name}. Cast it, or write a .safetensors file."
+            )
 
 
 def _to_numpy(name: str, array: AnyArray) -> np.ndarray:
     """Return the array as NumPy, or refuse anything but an array of numbers."""
-    if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+    is_array = hasattr(array, "shape") and hasattr(array, "dtype")
+    if not is_array or isinstance(array, np.ma.MaskedArray):
         raise TypeError(
             f"`arrays` must hold NumPy or JAX arrays, got {type(array).__name__} at "
             f"{name}. Wrap it with np.asarray."
@@ -139,15 +173,6 @@ def _to_numpy(name: str, array: AnyArray) -> np.ndarray:
             f"`arrays` must hold numbers, got Python objects at {name}. Convert them."
         )
     return array
-
-
-def _write_npz(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write {name: array} to an open binary file in the .npz format."""
-    # Write member by member: np.savez refuses an array with the name "file".
-    with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 def check_suffix(path: Path) -> str:

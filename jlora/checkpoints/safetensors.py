@@ -67,21 +67,30 @@ def _view_entry(
     return flat.reshape(entry["shape"])
 
 
-def write_safetensors(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write {name: array} to an open binary file.
-
-    Raises:
-        TypeError: a dtype that the format has no name for.
-    """
-    import safetensors.numpy
-
-    entries = {}
+def check_entries(
+    path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]
+) -> None:
+    """Refuse a dtype or a name that the format does not have."""
     for name, array in arrays.items():
-        if array.dtype not in _NAMES:
+        if name == "__metadata__":
+            raise ValueError(
+                f"{path}: `arrays` must have other names than '__metadata__', which "
+                "safetensors keeps for itself, got it. Rename it."
+            )
+        if array.dtype.newbyteorder("=") not in _NAMES:
             raise TypeError(
                 f"`arrays` must have dtypes that safetensors knows, got {array.dtype} "
                 f"at {name}. Cast it, or write an .npz file."
             )
-        entries[name] = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
+
+
+def write_safetensors(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write {name: array}, checked by `check_entries`, to an open binary file."""
+    import safetensors.numpy
+
+    entries = {
+        name: np.asarray(array, array.dtype.newbyteorder("<"), order="C")
+        for name, array in arrays.items()
+    }
     # Readers in torch look for this metadata.
     file.write(safetensors.numpy.save(entries, metadata={"format": "pt"}))

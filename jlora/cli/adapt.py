@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 from collections.abc import Callable, Mapping
 
 import jax
@@ -19,10 +18,23 @@ from jlora.adaptation.merging import merge
 from jlora.adaptation.paths import fold_path
 from jlora.adaptation.plan import Plan
 from jlora.adaptation.rule import Rule
-from jlora.checkpoints.arrays import check_count, check_suffix, load_arrays, save_arrays
+from jlora.checkpoints.arrays import (
+    check_count,
+    check_savable,
+    check_suffix,
+    load_arrays,
+    save_arrays,
+)
 from jlora.cli.domain import read_domain, replace_columns
+from jlora.cli.output import say
+from jlora.cli.outputs import check_outputs
 from jlora.cli.pairs import read_pairs, train_on_pairs
-from jlora.cli.targets import add_targets, check_targets, plan_targets
+from jlora.cli.targets import (
+    add_targets,
+    check_seed,
+    check_targets,
+    plan_targets,
+)
 from jlora.factorization.svd import randomized_svd
 from jlora.factors import Factors, split_svd
 from jlora.reconstruction.dense import reconstruct
@@ -129,6 +141,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _check_arguments(arguments: argparse.Namespace) -> None:
     _checks.check_integer(arguments.rank, "--rank")
     _checks.check_integer(arguments.steps, "--steps")
+    check_seed(arguments)
     _check_changes(arguments)
 
     if not 0 < arguments.learning_rate < float("inf"):
@@ -139,6 +152,11 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     for path in filter(None, (arguments.output, arguments.factors)):
         check_suffix(path)
     check_targets(arguments)
+
+    # WEIGHTS may be written in place.
+    outputs = {"-o": arguments.output, "--factors": arguments.factors}
+    check_outputs(outputs, {"--domain": arguments.domain, "--data": arguments.data})
+    check_outputs({"--factors": arguments.factors}, {"WEIGHTS": arguments.weights})
 
 
 def _check_changes(arguments: argparse.Namespace) -> None:
@@ -162,7 +180,9 @@ def _adapt_file(
     rule = Rule(arguments.targets, arguments.rank, num_columns=arguments.columns)
     plan = plan_targets(arguments, arrays, rule)
     change = _choose_change(arguments, plan)
-    _check_outputs(arguments, len(arrays))
+    check_savable(arguments.output, arrays)
+    if arguments.factors:
+        check_count(arguments.factors, 2 * len(plan.entries))
 
     # Factorise, change and rebuild each matrix.
     rebuilt, factors = {}, {}
@@ -176,7 +196,7 @@ def _adapt_file(
         _checks.check_finite(rebuilt[name], f"{name} (adapted)")
         factors |= {f"{name}.u": adapted.u, f"{name}.v": adapted.v}
         line = _describe(arguments, name, a, rebuilt[name], error)
-        print(line + note, flush=True)
+        say(line + note)
 
     # Write the files only if all went well.
     save_arrays(arguments.output, {**arrays, **rebuilt})
@@ -193,18 +213,6 @@ def _choose_change(arguments: argparse.Namespace, plan: Plan) -> Change:
 
     x, y = read_pairs(arguments, plan)
     return functools.partial(train_on_pairs, arguments, x=x, y=y)
-
-
-def _check_outputs(arguments: argparse.Namespace, num_arrays: int) -> None:
-    check_count(arguments.output, num_arrays)
-    for path in filter(None, (arguments.output, arguments.factors)):
-        folder = os.path.dirname(os.path.realpath(path))
-        is_folder = os.path.isdir(folder)
-        if os.path.isdir(path) or not is_folder or not os.access(folder, os.W_OK):
-            raise ValueError(
-                f"{path}: must be a file in a folder that can be written to, got none. "
-                "Choose another path."
-            )
 
 
 def _factorise(
@@ -266,13 +274,13 @@ def _print_total(
         num_thin += a.size // (m * n) * arguments.rank * (m + n)
 
     num_adapted = len(rebuilt)
-    print(
+    say(
         f"total: {num_adapted} of {num_arrays} arrays adapted, {num_full} elements as "
         f"{num_thin} in factors ({num_thin / num_full:.1%})"
     )
-    print(
+    say(
         f"wrote {arguments.output}: {num_arrays} arrays, {num_arrays - num_adapted} "
         "as before"
     )
     if arguments.factors:
-        print(f"wrote {arguments.factors}: {2 * num_adapted} factors")
+        say(f"wrote {arguments.factors}: {2 * num_adapted} factors")

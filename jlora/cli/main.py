@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 
+from jlora._interrupt import EXIT_CODE, raise_on_interrupt
 from jlora.cli import adapt, demo, ranks
+from jlora.cli.output import complain, prepare_streams
 
-# Errors that a user can cause. Any other one is a bug of jlora and shows its traceback.
+# Errors that a user can cause. Any other one is a bug of jlora, and says so.
 _USER_ERRORS = (OSError, ValueError, TypeError, MemoryError)
 
 
@@ -19,18 +20,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Set before the first decomposition loads LAPACK; a value of the user's own stays.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+    prepare_streams()
+    raise_on_interrupt()
+
     arguments = _build_parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except _USER_ERRORS as error:
-        if arguments.debug:
-            raise
-        print(f"jlora {arguments.command}: {_format_error(error)}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         message = "interrupted, nothing more is written"
-        print(f"jlora {arguments.command}: {message}", file=sys.stderr)
-        return 130
+        complain(f"jlora {arguments.command}: {message}")
+        return EXIT_CODE
+    except Exception as error:
+        if arguments.debug:
+            raise
+        complain(f"jlora {arguments.command}: {_format_error(error)}")
+        return 2
     return 0
 
 
@@ -49,6 +53,10 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _format_error(error: BaseException) -> str:
     """Return the message of an error on one line."""
+    if not isinstance(error, _USER_ERRORS):
+        text = " ".join(str(error).split())
+        name = type(error).__name__
+        return f"an error of jlora itself, {name}: {text}. Run it with --debug."
     if isinstance(error, OSError) and error.strerror:
         file = f"{error.filename}: " if error.filename else ""
         return f"{file}must be a file that can be opened, got: {error.strerror}"

@@ -98,4 +98,6 @@ def _mean_square_error(w: AdaptedWeight, batch: Pairs) -> Float[Array, ""]:
 def _relative_error(
     w: AdaptedWeight, x: Float[AnyArray, "N m"], y: Float[AnyArray, "N n"]
 ) -> float:
-    return float(frobenius_norm(linear(x, w) - y) / frobenius_norm(jnp.asarray(y)))
+    # Errors of targets that are all zero are absolute.
+    norm = frobenius_norm(jnp.asarray(y))
+    return float(frobenius_norm(linear(x, w) - y) / jnp.where(norm > 0, norm, 1))

@@ -17,8 +17,15 @@ from jlora._types import Float
 from jlora.adaptation.paths import fold_path
 from jlora.adaptation.rule import Rule
 from jlora.checkpoints.arrays import load_arrays
+from jlora.cli.output import say
+from jlora.cli.outputs import check_outputs
 from jlora.cli.spectra import MatrixSpectrum, plot_spectra
-from jlora.cli.targets import add_targets, check_targets, plan_targets
+from jlora.cli.targets import (
+    add_targets,
+    check_seed,
+    check_targets,
+    plan_targets,
+)
 from jlora.factorization.svd import randomized_svd
 from jlora.rank_selection.budget import allocate_ranks
 from jlora.rank_selection.rules import RULES, choose_rank
@@ -101,17 +108,24 @@ def run(arguments: argparse.Namespace) -> None:
     for entry in plan.entries:
         for name, a in _list_matrices(entry.path, arrays[entry.path]):
             spectra.append(_measure_spectrum(arguments, name, a))
-            print(_describe(arguments, spectra[-1]), flush=True)
+            is_read = _say_all(_describe(arguments, spectra[-1]))
+            if not is_read and not arguments.plot:
+                return  # nobody is left to read the rest
 
     if arguments.budget is not None:
         _print_budget(arguments, spectra)
     if arguments.plot:
         plot_spectra(arguments.plot, spectra, arguments.energy)
-        print(f"wrote {arguments.plot}: {len(spectra)} spectra")
+        say(f"wrote {arguments.plot}: {len(spectra)} spectra")
+
+
+def _say_all(lines: Sequence[str]) -> bool:
+    return all([say(line) for line in lines])
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
     check_targets(arguments)
+    check_seed(arguments)
     _checks.check_integer(arguments.max_rank, "--max-rank")
     _checks.check_integer(arguments.multiple_of, "--multiple-of")
     if arguments.budget is not None:
@@ -125,6 +139,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
             raise ValueError(
                 f"`--plot` must end in .png, got {arguments.plot}. Rename it."
             )
+        check_outputs({"--plot": arguments.plot}, {"WEIGHTS": arguments.weights})
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError(
                 "`--plot` must have matplotlib to draw with, got an environment "
@@ -161,7 +176,7 @@ def _measure_spectrum(
     return MatrixSpectrum(name, shape, values, float(frobenius_norm(matrix)))
 
 
-def _describe(arguments: argparse.Namespace, spectrum: MatrixSpectrum) -> str:
+def _describe(arguments: argparse.Namespace, spectrum: MatrixSpectrum) -> list[str]:
     """Return the lines to print about one matrix."""
     m, n = spectrum.shape
     num_values, is_whole = len(spectrum.values), spectrum.is_whole
@@ -179,7 +194,7 @@ def _describe(arguments: argparse.Namespace, spectrum: MatrixSpectrum) -> str:
         lines.append(f"  energy kept at rank {kept}")
 
     choices = [f"{rule} {_apply_rule(arguments, spectrum, rule)}" for rule in RULES]
-    return "\n".join([*lines, f"  {', '.join(choices)}"])
+    return [*lines, f"  {', '.join(choices)}"]
 
 
 def _apply_rule(
@@ -225,9 +240,9 @@ def _print_budget(
         kept += np.sum(spectrum.values[:rank] ** 2)
     total = sum(spectrum.norm**2 for spectrum in spectra)
 
-    print(
+    say(
         f"budget: {spent} of {arguments.budget} parameters, energy kept "
-        f"{kept / total:.3f}"
+        f"{kept / (total or 1):.3f}"
     )
     for name, rank in ranks.items():
-        print(f"  {name}: {rank}")
+        say(f"  {name}: {rank}")

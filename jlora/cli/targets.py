@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jlora import _checks
 from jlora.adaptation.plan import Plan, make_plan
 from jlora.adaptation.rule import Rule
 
@@ -20,6 +21,11 @@ def add_targets(parser: argparse.ArgumentParser, verb: str) -> None:
         metavar="REGEX",
         help=f"{verb} matrices whose name matches (default: %(default)s)",
     )
+
+
+def check_seed(arguments: argparse.Namespace) -> None:
+    """Refuse a seed that is not an integer of 32 bits."""
+    _checks.check_integer(arguments.seed, "--seed", minimum=0, maximum=2**32 - 1)
 
 
 def check_targets(arguments: argparse.Namespace) -> None:

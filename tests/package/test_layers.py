@@ -10,6 +10,7 @@ PACKAGE = source.ROOT / "jlora"
 MODULES = source.list_files("jlora")
 # A file imports only from its own package and from those before it in this list.
 PACKAGES = [
+    "_interrupt",
     "_types",
     "_checks",
     "_columns",
@@ -30,6 +31,7 @@ PACKAGES = [
     "checkpoints",
     "cli",
     "demo",
+    "__main__",
 ]
 
 
