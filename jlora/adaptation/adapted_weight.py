@@ -23,7 +23,7 @@ from jlora.reconstruction.apply import apply_factors
     data_fields=("base", "u", "v", "scale", "core"),
     meta_fields=("trainable", "num_columns", "dtype", "layout", "axes"),
 )
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class AdaptedWeight:
     """A weight as base + scale * u @ v, a pytree node in the place of the plain array.
 

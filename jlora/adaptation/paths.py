@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import zlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from jlora import _checks
 from jlora._types import PRNGKey, Tree
 from jlora.quantization.registry import is_registered
 
@@ -42,6 +43,15 @@ def format_path(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def sort_by_likeness(paths: list[str], pattern: str) -> list[str]:
+    """Return the paths with those that are most like the pattern first."""
+
+    def measure_likeness(path: str) -> float:
+        return difflib.SequenceMatcher(None, pattern, path, autojunk=False).ratio()
+
+    return sorted(paths, key=measure_likeness, reverse=True)
+
+
 def fold_path(key: PRNGKey, path: str) -> PRNGKey:
     """Return the key of one path: other paths in the tree do not change it."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
@@ -51,8 +61,8 @@ def why_not_a_matrix(leaf: Any, layout: str = "io") -> str | None:
     """Return why a leaf cannot be factorised, or None if it can."""
     if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
         return f"is a {type(leaf).__name__}, not an array"
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return f"has dtype {leaf.dtype}, not a real floating one"
+    if not _checks.is_floating(leaf.dtype):
+        return f"has dtype {leaf.dtype}, not a real floating one of 16 to 64 bits"
 
     shape = tuple(leaf.shape)
     if len(shape) < len(layout):

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
 from jlora import _checks
 from jlora._types import PRNGKey, Tree
+from jlora.adaptation.adapted_weight import is_adapted
 from jlora.adaptation.data import find_data, list_data
-from jlora.adaptation.paths import fold_path, list_leaves, why_not_a_matrix
+from jlora.adaptation.layout_checks import check_layout_given
+from jlora.adaptation.paths import (
+    fold_path,
+    list_leaves,
+    sort_by_likeness,
+    why_not_a_matrix,
+)
 from jlora.adaptation.rank_choice import RankRequest, choose_ranks
 from jlora.adaptation.rule import Rule
 from jlora.adaptation.tables import format_table
@@ -65,12 +74,17 @@ class Plan:
 
     entries: tuple[PlanEntry, ...]  # in the order of the tree's leaves
     skipped: tuple[tuple[str, str], ...] = ()  # (path, reason) of matches not adapted
+    tied: tuple[tuple[str, ...], ...] = ()  # paths of one array, at least one adapted
 
     def __str__(self) -> str:
         rows = [("path", "shape", "rank", "parameters", "init", "trainable")]
         rows += [_list_cells(entry) for entry in self.entries]
         lines = format_table(rows)
         lines += [f"{path}: not adapted, it {reason}" for path, reason in self.skipped]
+        lines += [
+            f"{', '.join(paths)}: one array now, different weights after adapting"
+            for paths in self.tied
+        ]
         return "\n".join(lines)
 
 
@@ -84,7 +98,10 @@ def make_plan(
     """Return the plan of the first matching rule for each weight of a tree.
 
     Leaves that match but are no matrix (biases, counters) are not adapted; they are
-    named in `Plan.skipped`, as are weights whose chosen rank is zero.
+    named in `Plan.skipped`, as are weights whose chosen rank is zero. Weights that are
+    tied, one array under several paths, are named in `Plan.tied`: adapting unties them.
+    To keep them tied, leave all but one path out of the tree and let the model read
+    that one.
 
     Args:
         params: pytree of arrays: nested dicts, the state of a flax.nnx module (its
@@ -102,7 +119,9 @@ def make_plan(
     Raises:
         TypeError: an entry of `rules` that is not a Rule; traced or abstract weights
             where a rank is to be chosen by their values.
-        ValueError: a rule that matches no matrix (with the nearest paths), a rank above
+        ValueError: two leaves with one path, a rule that matches no matrix (with the
+            nearest paths), an array of more than two axes whose layout has to be given
+            (with the layouts that fit), a rank above
             the initializer's largest or num_columns above n (with the path), a budget
             that does not cover the minimum ranks, no `data` for a rank chosen by it.
 
@@ -119,7 +138,8 @@ def make_plan(
     if key is not None:
         _checks.check_key(key)
 
-    leaves = list_leaves(params)
+    leaves = list_leaves(params, is_leaf=is_adapted)
+    _check_leaves(leaves)
     matches = _match_leaves(leaves, checked)
     _check_every_rule_used(checked, matches, leaves)
 
@@ -136,7 +156,20 @@ def make_plan(
 
     skipped = [(m.path, m.reason) for m in matches if m.reason is not None]
     skipped += [(path, "gets rank 0") for path, rank in ranks.items() if rank == 0]
-    return Plan(tuple(entries), tuple(skipped))
+    planned = {entry.path for entry in entries}
+    return Plan(tuple(entries), tuple(skipped), _find_tied(leaves, planned))
+
+
+def _check_leaves(leaves: list[tuple[str, Any]]) -> None:
+    """Refuse a path that names two leaves."""
+    seen: set[str] = set()
+    for path, _ in leaves:
+        if path in seen:
+            raise ValueError(
+                f"{path}: `params` must give each leaf a path of its own, got two "
+                "leaves with this one. Rename a key: a path joins the keys with '/'."
+            )
+        seen.add(path)
 
 
 class _Match(NamedTuple):
@@ -175,7 +208,9 @@ def _match_leaves(
         index = next(found, None)
         if index is not None:
             rule = rules[index]
-            reason = why_not_a_matrix(leaf, rule.layout)
+            reason = "is adapted already"
+            if not is_adapted(leaf):
+                reason = why_not_a_matrix(leaf, rule.layout)
             matches.append(_Match(path, leaf, index, rule, reason))
     return matches
 
@@ -189,20 +224,13 @@ def _check_every_rule_used(
     for index, rule in enumerate(rules):
         if index in used:
             continue
-        paths = _sort_by_likeness([path for path, _ in leaves], rule.pattern)
+        paths = sort_by_likeness([path for path, _ in leaves], rule.pattern)
         named = [_name_path(path, reasons.get(path)) for path in paths]
         listed = ", ".join(named[:8]) + (", ..." if len(named) > 8 else "")
         raise ValueError(
             "`rules` must each match a matrix that no earlier rule took, got pattern "
             f"{rule.pattern!r} without one. The nearest paths are: {listed or 'none'}."
         )
-
-
-def _sort_by_likeness(paths: list[str], pattern: str) -> list[str]:
-    def measure_likeness(path: str) -> float:
-        return difflib.SequenceMatcher(None, pattern, path, autojunk=False).ratio()
-
-    return sorted(paths, key=measure_likeness, reverse=True)
 
 
 def _name_path(path: str, reason: str | None) -> str:
@@ -236,6 +264,7 @@ def _make_entry(match: _Match, ranks: dict[str, int]) -> PlanEntry:
         raise ValueError(f"{path}: {error}") from None
 
     entry = PlanEntry(path, shape, rule)
+    check_layout_given(entry.path, shape, rule.layout, entry.num_parameters)
     limit = rule.initializer.max_rank(m, n)
     if entry.rank > limit:
         raise ValueError(
@@ -244,6 +273,18 @@ def _make_entry(match: _Match, ranks: dict[str, int]) -> PlanEntry:
             f"{entry.rank}. Choose a smaller rank."
         )
     return entry
+
+
+def _find_tied(
+    leaves: list[tuple[str, Any]], planned: set[str]
+) -> tuple[tuple[str, ...], ...]:
+    """Return the paths of each array that occurs twice and is adapted."""
+    paths: dict[int, list[str]] = {}
+    for path, leaf in leaves:
+        if isinstance(leaf, (jax.Array, np.ndarray)) and leaf.ndim > 1:
+            paths.setdefault(id(leaf), []).append(path)
+    groups = (group for group in paths.values() if len(group) > 1)
+    return tuple(tuple(group) for group in groups if planned & {*group})
 
 
 def _list_cells(entry: PlanEntry) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jlora._types import Tree
 from jlora.adaptation.adapted_weight import AdaptedWeight, is_adapted
-from jlora.adaptation.paths import map_leaves
+from jlora.adaptation.paths import list_leaves, map_leaves, sort_by_likeness
 
 
 def split_trainable(
@@ -33,7 +33,9 @@ def split_trainable(
         Two pytrees; `join` is the exact inverse.
 
     Raises:
-        ValueError: there is nothing to train.
+        TypeError: `also_train` is no string.
+        ValueError: there is nothing to train, or `also_train` is no regular expression
+            or matches no plain floating leaf.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora
@@ -44,6 +46,7 @@ def split_trainable(
         >>> [leaf.shape for leaf in jax.tree.leaves(trainable)]
         [(1, 3)]
     """
+    _check_also_train(also_train, adapted)
     is_trained = functools.partial(_is_trained, also_train)
     trained = map_leaves(is_trained, adapted, is_leaf=is_adapted)
     trainable = jax.tree.map(_take_trainable, trained, adapted, is_leaf=is_adapted)
@@ -88,6 +91,33 @@ def join_weight(trainable: AdaptedWeight, frozen: AdaptedWeight) -> AdaptedWeigh
     parts = [v for v in (frozen.v, trainable.v) if v is not None]
     v = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
     return dataclasses.replace(frozen, u=u, v=v, core=core)
+
+
+def _check_also_train(also_train: Any, adapted: Tree) -> None:
+    if also_train is None:
+        return
+    if not isinstance(also_train, str):
+        raise TypeError(
+            "`also_train` must be a regular expression in a string, got "
+            f"{type(also_train).__name__}. Join several with |."
+        )
+    try:
+        re.compile(also_train)
+    except re.error as error:
+        raise ValueError(
+            f"`also_train` must be a regular expression, got {also_train!r} ({error}). "
+            "Escape it."
+        ) from None
+
+    leaves = list_leaves(adapted, is_leaf=is_adapted)
+    plain = [path for path, leaf in leaves if _is_trained(".*", path, leaf)]
+    plain = [path for path, leaf in leaves if path in plain and not is_adapted(leaf)]
+    if not any(re.search(also_train, path) for path in plain):
+        nearest = ", ".join(sort_by_likeness(plain, also_train)[:8]) or "none"
+        raise ValueError(
+            "`also_train` must match a plain floating leaf, got "
+            f"{also_train!r} without one. The nearest paths are: {nearest}."
+        )
 
 
 def _is_none_or_adapted(leaf: Any) -> bool:

@@ -128,7 +128,7 @@ def save_arrays(path: Path, arrays: Mapping[str, AnyArray] | AnyArray) -> None:
 
 
 def check_savable(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Refuse arrays that the format of `path` cannot hold as they are.
+    """Refuse arrays that the format of `path` cannot hold unchanged.
 
     Raises:
         TypeError: a name that is no string, or a dtype that the format has no name for.

@@ -13,6 +13,7 @@ from jlora import _checks
 from jlora._progress import Progress, report
 from jlora._types import Float, Scalar, Tree
 from jlora.adaptation.weight_trees import join
+from jlora.training.batches import is_hashable, to_arrays
 from jlora.training.steps import Loss, TrainState, init_train, train_step
 
 
@@ -39,14 +40,16 @@ def fit(
     *,
     num_steps: int | None = None,
     also_train: str | None = None,
+    opt_state: Any | None = None,
     progress: bool | None = None,
     log_every: int = 100,
 ) -> FitResult:
     """Return the adapted tree with its trainable arrays trained by an optax optimiser.
 
     It takes one step per batch. Frozen leaves keep their bits and have neither gradient
-    nor optimiser state. If the loss becomes NaN or Inf, training stops, reports it on
-    stderr and in `stop_reason`, and returns the factors at the last finite loss.
+    nor optimiser state. If the loss or a trained array becomes NaN or Inf, training
+    stops, reports it on stderr and in `stop_reason`, and returns the factors at the
+    last finite loss.
 
     A loss that multiplies with `batch @ params["w"]` or `jlora.linear` works directly.
     Wrap any other loss in `jlora.lift(loss)`, which never forms the weights, or in
@@ -62,6 +65,8 @@ def fit(
         batches: iterable of pytrees of arrays of one shape; consumed up to num_steps.
         num_steps: most steps to take, ≥ 1. None: as many as there are batches.
         also_train: as in `split_trainable`.
+        opt_state: `FitResult.opt_state` of an earlier call on the tree that it
+            returned: both runs together are then one run. None: a new state.
         progress: None: a bar on a terminal, plain lines elsewhere. False: neither.
         log_every: most steps between two looks at the loss; a bar looks twice a second.
 
@@ -70,7 +75,9 @@ def fit(
 
     Raises:
         TypeError: arguments of the wrong kind, or a loss that is no scalar.
-        ValueError: nothing to train, or no batch.
+        ValueError: nothing to train, no batch, or an `opt_state` of another run.
+        Any exception of `batches` or of an interrupt, with the `FitResult` so far in
+            its attribute `fit_result`.
 
     Cost: a step is one value and gradient; the trained leaves are held twice.
 
@@ -94,7 +101,9 @@ def fit(
     if num_steps is not None:
         num_steps = _checks.check_integer(num_steps, "num_steps")
 
-    state, frozen = init_train(adapted, optimizer, also_train=also_train)
+    state, frozen = init_train(
+        adapted, optimizer, also_train=also_train, opt_state=opt_state
+    )
     total = num_steps if num_steps is not None else _length(batches)
     bar = Progress("fit", total, enabled=progress, every=log_every)
     try:
@@ -123,20 +132,39 @@ def _run_steps(
 ) -> tuple[TrainState, list[Scalar]]:
     """Step through the batches; look at the device only when the bar is due."""
     losses, pending = [], []
-    for count, batch in enumerate(batches, start=1):
-        state, value = train_step(loss, optimizer, state, frozen, batch)
-        pending.append(value)
+    try:
+        for count, batch in enumerate(batches, start=1):
+            batch = to_arrays(batch)
+            state, value = train_step(loss, optimizer, state, frozen, batch)
+            pending.append(value)
 
-        is_last = count == num_steps
-        if bar.is_due(len(pending)) or is_last:
-            losses += jax.device_get(pending)
-            bar.advance(len(pending), f"loss {losses[-1]:.4g}")
-            pending = []
-        if is_last or (not pending and not bool(state.is_finite)):
-            break
+            is_last = count == num_steps
+            if bar.is_due(len(pending)) or is_last:
+                losses += jax.device_get(pending)
+                bar.advance(len(pending), f"loss {losses[-1]:.4g}")
+                pending = []
+            if is_last or (not pending and not bool(state.is_finite)):
+                break
+    except BaseException as error:
+        _attach_result(error, state, frozen, losses + pending)
+        raise
 
     losses += jax.device_get(pending)
     return state, losses
+
+
+def _attach_result(
+    error: BaseException, state: TrainState, frozen: Tree, losses: list[Any]
+) -> None:
+    """Put the result so far on an exception, so that no training is lost."""
+    if not losses or state.step.is_deleted():
+        return
+    values = np.asarray(jax.device_get(losses), np.float64)
+    error.fit_result = _make_result(state, frozen, values)  # type: ignore[attr-defined]
+    error.add_note(
+        f"fit had taken {len(values)} steps; what they trained is in the attribute "
+        "`fit_result` of this exception."
+    )
 
 
 def _make_result(state: TrainState, frozen: Tree, losses: np.ndarray) -> FitResult:
@@ -144,7 +172,17 @@ def _make_result(state: TrainState, frozen: Tree, losses: np.ndarray) -> FitResu
     if bool(state.is_finite):
         return FitResult(adapted, losses, state.opt_state, None)
 
-    step = int(np.flatnonzero(~np.isfinite(losses))[0])
+    bad_steps = np.flatnonzero(~np.isfinite(losses))
+    num_good = int(state.step)
+    if not bad_steps.size or num_good < bad_steps[0]:
+        reason = (
+            f"the update of step {num_good + 1} is not finite; the factors are the "
+            "ones before it. Lower the learning rate or check the batch."
+        )
+        report(f"fit stopped: {reason}")
+        return FitResult(adapted, losses[: num_good + 1], state.opt_state, reason)
+
+    step = int(bad_steps[0])
     reason = (
         f"the loss became {losses[step]} at step {step + 1}; the factors are the ones "
         f"of step {max(step - 1, 0)}, where it was last finite. Lower the learning "
@@ -160,6 +198,11 @@ def _check_fit(loss: Any, optimizer: Any, batches: Any) -> None:
             f"`loss` must be a function of (params, batch), got {type(loss).__name__}. "
             "Pass one."
         )
+    if not is_hashable(loss):
+        raise TypeError(
+            f"`loss` must be hashable, got a {type(loss).__name__} without a hash. "
+            "Wrap it in a function."
+        )
 
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(
@@ -167,10 +210,11 @@ def _check_fit(loss: Any, optimizer: Any, batches: Any) -> None:
             f"{type(optimizer).__name__}. Write for example optax.adam(1e-3)."
         )
 
-    if not hasattr(batches, "__iter__"):
+    is_one_batch = isinstance(batches, (str, bytes, dict))
+    if is_one_batch or not hasattr(batches, "__iter__"):
         raise TypeError(
-            f"`batches` must be iterable, got {type(batches).__name__}. "
-            "Put a single batch in a list."
+            "`batches` must be an iterable of batches, got "
+            f"{type(batches).__name__}. Put a single batch in a list."
         )
 
 

@@ -158,7 +158,7 @@ def test_fit_refuses():
         jlora.fit(None, adapted, adam, [batch])
     with pytest.raises(TypeError, match="`optimizer` must be an optax"):
         jlora.fit(mean_square, adapted, 0.1, [batch])
-    with pytest.raises(TypeError, match="`batches` must be iterable"):
+    with pytest.raises(TypeError, match="`batches` must be an iterable of batches"):
         jlora.fit(mean_square, adapted, adam, 3)
     with pytest.raises(ValueError, match="`batches` must hold at least one"):
         jlora.fit(mean_square, adapted, adam, [])
