@@ -7,14 +7,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
-
 from jlora import _checks
 from jlora._types import PRNGKey, Tree
 from jlora.adaptation.adapted_weight import is_adapted
 from jlora.adaptation.data import find_data, list_data
-from jlora.adaptation.layout_checks import check_layout_given
 from jlora.adaptation.paths import (
     fold_path,
     list_leaves,
@@ -24,6 +20,7 @@ from jlora.adaptation.paths import (
 from jlora.adaptation.rank_choice import RankRequest, choose_ranks
 from jlora.adaptation.rule import Rule
 from jlora.adaptation.tables import format_table
+from jlora.adaptation.tree_checks import check_layout_given, check_paths, find_tied
 from jlora.layouts import complete_layout, matrix_shape
 
 
@@ -100,8 +97,8 @@ def make_plan(
     Leaves that match but are no matrix (biases, counters) are not adapted; they are
     named in `Plan.skipped`, as are weights whose chosen rank is zero. Weights that are
     tied, one array under several paths, are named in `Plan.tied`: adapting unties them.
-    To keep them tied, leave all but one path out of the tree and let the model read
-    that one.
+    To keep them tied, give `adapt` a tree with one of the paths, from which the model
+    reads the weight for both.
 
     Args:
         params: pytree of arrays: nested dicts, the state of a flax.nnx module (its
@@ -139,7 +136,7 @@ def make_plan(
         _checks.check_key(key)
 
     leaves = list_leaves(params, is_leaf=is_adapted)
-    _check_leaves(leaves)
+    check_paths(leaves)
     matches = _match_leaves(leaves, checked)
     _check_every_rule_used(checked, matches, leaves)
 
@@ -157,19 +154,7 @@ def make_plan(
     skipped = [(m.path, m.reason) for m in matches if m.reason is not None]
     skipped += [(path, "gets rank 0") for path, rank in ranks.items() if rank == 0]
     planned = {entry.path for entry in entries}
-    return Plan(tuple(entries), tuple(skipped), _find_tied(leaves, planned))
-
-
-def _check_leaves(leaves: list[tuple[str, Any]]) -> None:
-    """Refuse a path that names two leaves."""
-    seen: set[str] = set()
-    for path, _ in leaves:
-        if path in seen:
-            raise ValueError(
-                f"{path}: `params` must give each leaf a path of its own, got two "
-                "leaves with this one. Rename a key: a path joins the keys with '/'."
-            )
-        seen.add(path)
+    return Plan(tuple(entries), tuple(skipped), find_tied(leaves, planned))
 
 
 class _Match(NamedTuple):
@@ -273,18 +258,6 @@ def _make_entry(match: _Match, ranks: dict[str, int]) -> PlanEntry:
             f"{entry.rank}. Choose a smaller rank."
         )
     return entry
-
-
-def _find_tied(
-    leaves: list[tuple[str, Any]], planned: set[str]
-) -> tuple[tuple[str, ...], ...]:
-    """Return the paths of each array that occurs twice and is adapted."""
-    paths: dict[int, list[str]] = {}
-    for path, leaf in leaves:
-        if isinstance(leaf, (jax.Array, np.ndarray)) and leaf.ndim > 1:
-            paths.setdefault(id(leaf), []).append(path)
-    groups = (group for group in paths.values() if len(group) > 1)
-    return tuple(tuple(group) for group in groups if planned & {*group})
 
 
 def _list_cells(entry: PlanEntry) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import sys
 def say(text: str) -> bool:
     """Print a line to stdout, and return whether somebody still reads it.
 
-    A reader that is gone, as after `| head -1`, is no error: later lines go nowhere,
+    A reader that has left, as after `| head -1`, is no error: later lines go nowhere,
     and the work goes on.
     """
     try:

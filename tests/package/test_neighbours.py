@@ -19,7 +19,9 @@ from tests.helpers.array_functions import (
     Case,
     to_tuple,
 )
+from tests.helpers.matrices import X64
 
+pytestmark = pytest.mark.skipif(X64, reason="the same in both precisions")
 # Functions whose leading axis is no batch axis, or that close over an array.
 NOT_BATCHED = (
     "apply_many, gather",
@@ -49,7 +51,7 @@ def run_first(case: Case, value: float | None) -> tuple[Any, ...]:
     return tuple(result[0] for result in to_tuple(case.fn(*arrays)))
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+@pytest.mark.parametrize("value", [np.nan, 0.0])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_bad_matrix_changes_no_other(case, value):
     expected, found = run_first(case, None), run_first(case, value)
@@ -57,7 +59,7 @@ def test_a_bad_matrix_changes_no_other(case, value):
         assert bool((one == other).all())
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan])
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.has_derivative], ids=lambda case: case.name
 )
@@ -66,12 +68,14 @@ def test_a_bad_matrix_changes_no_gradient(case, value):
         results = to_tuple(case.fn(*arrays))
         return sum(jnp.sum(jnp.sin(result[0])) for result in results)
 
+    gradient = jax.jit(jax.grad(measure, range(len(case.arrays))))  # one compilation
+
     def differentiate(value: float | None) -> Any:
         arrays = [
             jnp.asarray(np.stack([a, a])) if value is None else spoil(a, value)
             for a in case.arrays
         ]
-        return jax.grad(measure, range(len(arrays)))(*arrays)
+        return gradient(*arrays)
 
     for one, other in zip(differentiate(value), differentiate(None), strict=True):
         np.testing.assert_allclose(one[0], other[0], rtol=1e-5, atol=1e-6)

@@ -5,6 +5,7 @@ c**d, a result then is c**D times what it was. With c a power of two the two res
 the same up to rounding.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from tests.helpers.array_functions import CASES, DTYPE, Case, draw, to_tuple
 from tests.helpers.matrices import X64
 
 # Powers of two for c. The largest entries stay normal numbers with room for sums.
-EXPONENTS = (-900, -200, 900) if X64 else (-100, -40, 64, 100)
+EXPONENTS = (-900, 900) if X64 else (-100, -54, 100)
 
 
 def list_scaled() -> list[Any]:
@@ -36,6 +37,22 @@ def rescale(arrays: Any, degrees: Any, exponent: int) -> tuple[Any, ...]:
         )
         for array, degree in zip(arrays, degrees, strict=True)
     )
+
+
+@functools.cache
+def jit_jvp(fn: Any) -> Any:
+    return jax.jit(lambda arrays, tangents: jax.jvp(_as_tuple(fn), arrays, tangents)[1])
+
+
+@functools.cache
+def jit_vjp(fn: Any) -> Any:
+    return jax.jit(
+        lambda arrays, cotangents: jax.vjp(_as_tuple(fn), *arrays)[1](cotangents)
+    )
+
+
+def _as_tuple(fn: Any) -> Any:
+    return lambda *arrays: to_tuple(fn(*arrays))
 
 
 def assert_same(case: Case, found: Any, expected: Any) -> None:
@@ -67,7 +84,7 @@ def test_jvp_scales_with_the_arguments(case, degrees, exponent):
 
     def differentiate(arrays: Any, tangents: Any) -> Any:
         pairs = (tuple(map(jnp.asarray, each)) for each in (arrays, tangents))
-        return to_tuple(jax.jvp(lambda *a: to_tuple(case.fn(*a)), *pairs)[1])
+        return to_tuple(jit_jvp(case.fn)(*pairs))
 
     expected = differentiate(case.arrays, tangents)
     found = differentiate(
@@ -84,12 +101,13 @@ def test_jvp_scales_with_the_arguments(case, degrees, exponent):
 )
 def test_gradients_are_linear_in_the_cotangent(case, exponent):
     arrays = tuple(map(jnp.asarray, case.arrays))
-    results, pull_back = jax.vjp(lambda *a: to_tuple(case.fn(*a)), *arrays)
-    cotangents = tuple(draw(*result.shape, seed=11) for result in results)
+    shapes = jax.eval_shape(_as_tuple(case.fn), *arrays)
+    cotangents = tuple(draw(*result.shape, seed=11) for result in shapes)
 
-    expected = pull_back(tuple(map(jnp.asarray, cotangents)))
+    pull_back = jit_vjp(case.fn)
+    expected = pull_back(arrays, tuple(map(jnp.asarray, cotangents)))
     ones = [1] * len(cotangents)
     scaled = map(jnp.asarray, rescale(cotangents, ones, exponent))
-    found = pull_back(tuple(scaled))
+    found = pull_back(arrays, tuple(scaled))
     back = [-1] * len(found)
     assert_same(case, rescale(found, back, exponent), expected)

@@ -1,8 +1,12 @@
-"""Arrays of more than two axes whose layout a rule has to give."""
+"""Checks of a tree when its plan is made: paths, tied arrays, layouts."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
+
+import jax
+import numpy as np
 
 _DEFAULT = "io"
 # The layouts that models use, by the number of axes.
@@ -44,3 +48,27 @@ def check_layout_given(
         f"{path}: `layout` must be given for the shape {shape}, got the default, which "
         f"{reason}. Choose among {listed}, or others of this length."
     )
+
+
+def check_paths(leaves: list[tuple[str, Any]]) -> None:
+    """Refuse a path that names two leaves."""
+    seen: set[str] = set()
+    for path, _ in leaves:
+        if path in seen:
+            raise ValueError(
+                f"{path}: `params` must give each leaf a path of its own, got two "
+                "leaves with this one. Rename a key: a path joins the keys with '/'."
+            )
+        seen.add(path)
+
+
+def find_tied(
+    leaves: list[tuple[str, Any]], planned: set[str]
+) -> tuple[tuple[str, ...], ...]:
+    """Return the paths of each array that occurs twice and is adapted."""
+    paths: dict[int, list[str]] = {}
+    for path, leaf in leaves:
+        if isinstance(leaf, (jax.Array, np.ndarray)) and leaf.ndim > 1:
+            paths.setdefault(id(leaf), []).append(path)
+    groups = (group for group in paths.values() if len(group) > 1)
+    return tuple(tuple(group) for group in groups if planned & {*group})
