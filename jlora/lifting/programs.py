@@ -8,7 +8,10 @@ from jaxtyping import ArrayLike
 
 # These imports register the rules with quax.
 from jlora.lifting import (  # noqa: F401
+    rules_algebra,
     rules_calls,
+    rules_convolve,
+    rules_groups,
     rules_layout,
     rules_lookups,
     rules_products,

@@ -1,4 +1,4 @@
-"""Rules whose result is a weight: casts, transposes, reshapes, slices, scaling."""
+"""Rules whose result is a weight: casts, transposes, reshapes, slices."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -150,35 +150,32 @@ def split(
     return pieces
 
 
-@quax.register(lax.neg_p)
-def negate(w: LiftedWeight) -> LiftedWeight:
-    return _scale_arrays(w, jnp.asarray(-1, w.dtype_seen))
+def unstack(w: LiftedWeight, *, axis: int) -> list[LiftedWeight | Array]:
+    pieces = split(w, sizes=[1] * find_shape(w)[axis], axis=axis)
+    return [squeeze(piece, dimensions=[axis]) for piece in pieces]
 
 
-@quax.register(lax.mul_p)
-def scale(w: LiftedWeight, factor: ArrayLike, **params: Any) -> LiftedWeight | Array:
-    if jnp.size(factor) != 1:
-        return LiftedWeight.default(lax.mul_p, (w, factor), params)
-    return _scale_arrays(w, factor)
+# In JAX 0.10.0 jnp.unstack is made of slices.
+if hasattr(lax, "unstack_p"):
+    quax.register(lax.unstack_p)(unstack)
 
 
-@quax.register(lax.mul_p)
-def scale_reversed(
-    factor: ArrayLike, w: LiftedWeight, **params: Any
-) -> LiftedWeight | Array:
-    return scale(w, factor, **params)
-
-
-@quax.register(lax.div_p)
-def divide(w: LiftedWeight, divisor: ArrayLike, **params: Any) -> LiftedWeight | Array:
-    if jnp.size(divisor) != 1:
-        return LiftedWeight.default(lax.div_p, (w, divisor), params)
-    return _scale_arrays(w, 1 / jnp.asarray(divisor))
+@quax.register(lax.rev_p)
+def reverse(w: LiftedWeight, *, dimensions: Sequence[int]) -> LiftedWeight:
+    for axis in dimensions:
+        w = _map_axis(w, axis, lambda array, array_axis: lax.rev(array, [array_axis]))
+    return w
 
 
 @quax.register(lax.stop_gradient_p)
 def stop_gradient(w: LiftedWeight) -> LiftedWeight:
     return map_arrays(w, lambda name, array: lax.stop_gradient(array))
+
+
+@quax.register(lax.optimization_barrier_p)
+def hold_together(*values: LiftedWeight | ArrayLike) -> list[Any]:
+    # One barrier over the arrays of all the weights, as the program asks for.
+    return lax.optimization_barrier(list(values))
 
 
 @quax.register(lax.copy_p)
@@ -191,12 +188,6 @@ def shard_base(w: LiftedWeight, **params: Any) -> LiftedWeight:
     # The constraint is about the large array; the compiler places the thin factors.
     base = None if w.base is None else lax.sharding_constraint_p.bind(w.base, **params)
     return replace(w, base=base)
-
-
-def _scale_arrays(w: LiftedWeight, factor: ArrayLike) -> LiftedWeight:
-    factor = jnp.reshape(jnp.asarray(factor), ())
-    base = None if w.base is None else w.base * factor.astype(w.base.dtype)
-    return replace(w, base=base, u=w.u * factor.astype(w.u.dtype))
 
 
 def _slice_axis(

@@ -1,4 +1,4 @@
-"""Rules that multiply a weight: matrix products in any orientation, convolutions."""
+"""Rules for matrix products with a weight, in any orientation."""
 
 import string
 from collections.abc import Sequence
@@ -89,13 +89,34 @@ def _multiply(
         return delta.astype(dtype)
 
     # Multiply by the base as the plain program does.
-    plain = lax.dot_general(
-        *((w.base, x) if is_left else (x, w.base)),
-        dimension_numbers,
-        out_sharding=params.get("out_sharding"),
-        **settings,
-    )
+    operands = (w.base, x) if is_left else (x, w.base)
+    settings["out_sharding"] = params.get("out_sharding")
+    plain = _multiply_general(*operands, dimension_numbers, settings)
     return (plain + delta).astype(dtype)
+
+
+def _multiply_general(
+    left: Array,
+    right: Array,
+    dimension_numbers: tuple[AxesOfBoth, AxesOfBoth],
+    settings: dict[str, Any],
+) -> Array:
+    """Return the product of two arrays, with their batch axes moved to the front.
+
+    XLA's CPU backend has no product of bfloat16 operands summed in float32 whose batch
+    axes stand elsewhere.
+    """
+    contracting, batch = dimension_numbers
+    moved = []
+    for array, axes, batch_axes in zip((left, right), contracting, batch, strict=True):
+        others = [axis for axis in range(array.ndim) if axis not in batch_axes]
+        order = [*batch_axes, *others]
+        moved.append((array.transpose(order), [order.index(axis) for axis in axes]))
+
+    (left, left_axes), (right, right_axes) = moved
+    front = list(range(len(batch[0])))
+    numbers = ((left_axes, right_axes), (front, front))
+    return lax.dot_general(left, right, numbers, **settings)
 
 
 def _label_axes(
@@ -165,46 +186,16 @@ def _einsum(
     settings: dict[str, Any],
     factor_is_left: bool,
 ) -> Array:
+    # Batch axes come first, for the reason in `_multiply_general`.
+    batch = [label for label in out if label in x.labels and label in factor.labels]
+    x, factor = (_move_to_front(operand, batch) for operand in (x, factor))
+
     left, right = (factor, x) if factor_is_left else (x, factor)
     subscripts = f"{''.join(left.labels)},{''.join(right.labels)}->{''.join(out)}"
     return jnp.einsum(subscripts, left.array, right.array, **settings)
 
 
-@quax.register(lax.conv_general_dilated_p)
-def convolve(x: ArrayLike, w: LiftedWeight, **params: Any) -> Array:
-    if not _is_factorable(w.layout, params):
-        return LiftedWeight.default(lax.conv_general_dilated_p, (x, w), params)
-
-    # Sum in at least float32, and cast to the dtype that the program asks for.
-    x = jnp.asarray(x)
-    dtype = params["preferred_element_type"] or common_dtype(x.dtype, w.dtype_seen)
-    params |= {"preferred_element_type": compute_dtype(x.dtype, dtype)}
-
-    # Convolve with u, a kernel of few output features, and multiply these by v.
-    numbers = params["dimension_numbers"]
-    out_axis, features = numbers.rhs_spec[0], numbers.out_spec[1]
-    kernel = jnp.moveaxis(w.u, -1, out_axis).astype(x.dtype)
-    thin = lax.conv_general_dilated_p.bind(x, kernel, **params)
-    thin = thin.astype(thin_dtype(x.dtype))
-    delta = jnp.tensordot(
-        thin,
-        w.v.astype(thin.dtype),
-        ((features,), (0,)),
-        precision=params["precision"],
-        preferred_element_type=params["preferred_element_type"],
-    )
-    delta = jnp.moveaxis(delta, -1, features)
-    if w.base is None:
-        return delta.astype(dtype)
-
-    plain = lax.conv_general_dilated_p.bind(x, w.base, **params)
-    return (plain + delta).astype(dtype)
-
-
-def _is_factorable(layout: str, params: dict[str, Any]) -> bool:
-    """Return whether a convolution with u and a product with v make the convolution."""
-    out_axis, *other_axes = params["dimension_numbers"].rhs_spec
-    has_one_output = layout[out_axis] == "o"
-    has_inputs = all(layout[axis] == "i" for axis in other_axes)
-    num_groups = params["feature_group_count"], params["batch_group_count"]
-    return has_one_output and has_inputs and num_groups == (1, 1)
+def _move_to_front(operand: _Operand, first: list[str]) -> _Operand:
+    labels = [*first, *(label for label in operand.labels if label not in first)]
+    order = [operand.labels.index(label) for label in labels]
+    return _Operand(operand.array.transpose(order), labels)

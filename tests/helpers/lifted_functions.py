@@ -78,6 +78,36 @@ def product_without_gradient(w):
     return INPUTS @ jax.lax.stop_gradient(w)
 
 
+def products_with_scaled_rows_and_columns(w, stack):
+    numbers = draw_normal(7, 6)
+    return (
+        INPUTS @ (w * numbers[:, None]),
+        INPUTS @ (w / (1.0 + abs(numbers[None, :5]))),
+        INPUTS @ (numbers[:3, None, None] * stack),
+    )
+
+
+def products_with_weight_in_another_order(w, stack):
+    return INPUTS @ w[:, ::-1], [INPUTS @ matrix for matrix in jnp.unstack(stack)]
+
+
+def products_with_added_arrays(w):
+    other = draw_normal(8, 6, 5)
+    return INPUTS @ (w + 0), INPUTS @ (other - w), INPUTS @ (w - other)
+
+
+def products_behind_a_barrier(square, other):
+    first, second, x = jax.lax.optimization_barrier((square, other, INPUTS))
+    return x @ first @ second
+
+
+def products_in_groups(stack):
+    sizes = jnp.array([1, 0, 3], jnp.int32)
+    return jax.lax.ragged_dot(INPUTS, stack, sizes), jax.lax.ragged_dot(
+        INPUTS, stack.transpose(0, 2, 1), sizes
+    )
+
+
 PRODUCTS = (
     products_from_both_sides,
     products_with_heads,
@@ -89,6 +119,11 @@ PRODUCTS = (
     product_with_added_and_squeezed_axes,
     product_with_scaled_weight,
     product_without_gradient,
+    products_with_scaled_rows_and_columns,
+    products_with_weight_in_another_order,
+    products_with_added_arrays,
+    products_behind_a_barrier,
+    products_in_groups,
 )
 
 
@@ -235,6 +270,16 @@ def bfloat16_weights(w, table):
     )
 
 
+def bfloat16_experts(stack):
+    x = HALF_INPUTS
+    return (
+        jnp.einsum("ti,eio->teo", x, stack),
+        jnp.einsum("ti,eio->eto", x, stack),
+        jnp.einsum("tei,eio->teo", jnp.stack([x, x, x], 1), stack),
+        jax.lax.ragged_dot(x, stack, jnp.array([1, 0, 3], jnp.int32)),
+    )
+
+
 def float32_weights(w):
     return (
         HALF_INPUTS @ w,
@@ -250,6 +295,7 @@ def float16_weights(kernel):
 # The dtype of the weights of each function.
 DTYPES = {
     bfloat16_weights: "bfloat16",
+    bfloat16_experts: "bfloat16",
     float32_weights: "float32",
     float16_weights: "float16",
 }

@@ -13,6 +13,7 @@ from tests.helpers.lifted_inputs import (
     IMAGE,
     INPUTS,
     convolve,
+    draw_normal,
     fill_lookup,
 )
 
@@ -49,6 +50,11 @@ def tied_embeddings(table):
     return jnp.sin(table[IDS[0]]) @ table.T
 
 
+def positions_added_to_activations(table):
+    x = draw_normal(9, 2, 3, 6)
+    return jnp.sin(x + table[None, :3]), jnp.sin(table[None, 2:5] - x), x[0] + table[8:]
+
+
 LOOKUPS = (
     lookup_in_table,
     lookup_with_fill_value,
@@ -58,6 +64,7 @@ LOOKUPS = (
     lookup_in_stack,
     lookup_out_of_bounds,
     tied_embeddings,
+    positions_added_to_activations,
 )
 
 
@@ -99,8 +106,21 @@ def convolution_with_transposed_kernel(kernel):
     return convolve(kernel.transpose(3, 2, 0, 1), IMAGE, ("NHWC", "OIHW", "NHWC"))
 
 
+def convolution_in_groups(torch_kernel):
+    layout = ("NCHW", "OIHW", "NCHW")
+    image = jnp.concatenate([IMAGE, IMAGE + 1.0], -1).transpose(0, 3, 1, 2)
+    return convolve(torch_kernel[:4], image, layout, feature_group_count=2)
+
+
+def convolution_of_each_channel(kernel):
+    image = IMAGE[..., :5]
+    return convolve(kernel[:, :, :1], image, feature_group_count=5)
+
+
 CONVOLUTIONS = (
     convolution_with_strides,
     convolution_in_torch_layout,
     convolution_with_transposed_kernel,
+    convolution_in_groups,
+    convolution_of_each_channel,
 )

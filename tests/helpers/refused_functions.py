@@ -6,7 +6,7 @@ Each parameter is the name of a weight in `lifted_inputs.WEIGHTS`.
 import jax
 import jax.numpy as jnp
 
-from tests.helpers.lifted_inputs import INPUTS, convolve, odd_sine
+from tests.helpers.lifted_inputs import INPUTS, convolve, draw_normal, odd_sine
 
 
 def sum_of_weight(w):
@@ -29,8 +29,12 @@ def custom_vjp_of_weight(w):
     return odd_sine(w)
 
 
-def convolution_in_groups(kernel):
-    return convolve(kernel[:, :, :3, :4], feature_group_count=2)
+def convolution_in_groups_of_images(kernel):
+    return convolve(kernel[..., :4], batch_group_count=2)
+
+
+def weight_scaled_entry_by_entry(w):
+    return INPUTS @ (w * draw_normal(8, 6, 5))
 
 
 def scan_over_rows_of_weight(w):
@@ -65,7 +69,8 @@ REFUSED = {
     reshape_across_inputs_and_outputs: "`reshape` of inputs with outputs",
     weight_as_result: "a result that is the weight itself",
     custom_vjp_of_weight: "`custom_vjp`",
-    convolution_in_groups: "`conv_general_dilated`",
+    convolution_in_groups_of_images: "`conv_general_dilated`",
+    weight_scaled_entry_by_entry: "`mul`",
     scan_over_rows_of_weight: "`scan` over its inputs",
     weight_in_carry_of_scan: "the carry of `scan`",
     while_loop_that_exchanges_weights: "`while`",
