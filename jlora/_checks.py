@@ -123,7 +123,9 @@ def check_integer(
     return value
 
 
-def check_scalar(value: Any, name: str, *, minimum: float | None = None) -> Scalar:
+def check_scalar(
+    value: Any, name: str, *, minimum: float | int | None = None
+) -> Scalar:
     """Return `value`, one real number, as a Python float or an unchanged scalar array.
 
     A value below `minimum`, and NaN beside one, is refused unless it is traced.

@@ -10,14 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora import _checks
 from jlora._numerics import common_dtype, matmul
 from jlora._types import AnyArray, Array, DTypeLike, Float
+from jlora.adaptation.refused_operations import RefusedArray, add_refusals, refuse
 from jlora.factors import Factors
 from jlora.layouts import view_matrix
 from jlora.quantization.registry import read_array
 from jlora.reconstruction.apply import apply_factors
 
 
+@add_refusals
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("base", "u", "v", "scale", "core"),
@@ -50,10 +53,17 @@ class AdaptedWeight:
     scale: Float[Array, ""]
     trainable: str  # "v", "u", "uv", "core" or "s"
     num_columns: int | None  # only the last so many columns of v are trained
-    dtype: np.dtype  # of the weight
+    dtype: np.dtype  # of the weight; that of the base where it is a plain array
     core: Array | None = None  # [*batch, r, r], or for "s" the diagonal [*batch, r]
     layout: str = "io"  # of the base, see `Rule`
     axes: tuple[int, ...] | None = None  # sizes of the axes in `layout`; None: (m, n)
+
+    def __post_init__(self) -> None:
+        # A cast of all leaves of a tree casts the base, and changes no static field.
+        base = self.base
+        is_array = isinstance(base, (jax.Array, np.ndarray))
+        if is_array and _checks.is_floating(base.dtype) and base.dtype != self.dtype:
+            object.__setattr__(self, "dtype", np.dtype(base.dtype))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -109,23 +119,23 @@ class AdaptedWeight:
         is_product = ufunc is np.matmul and method == "__call__" and not kwargs
         if is_product and inputs[1] is self and inputs[0] is not self:
             return linear(jnp.asarray(inputs[0]), self)
-        _refuse(f"np.{ufunc.__name__}(...)")
+        refuse(f"np.{ufunc.__name__}(...)")
 
     def __array__(self, *args, **kwargs) -> NoReturn:
-        _refuse("a conversion to an array")
+        refuse("a conversion to an array")
 
-    def __jax_array__(self) -> _RefusedArray:
-        return _RefusedArray()
+    def __jax_array__(self) -> RefusedArray:
+        return RefusedArray()
 
     @property
     def T(self) -> NoReturn:  # noqa: N802 (the name of the attribute of arrays)
         """Raises; see `AdaptedWeight`."""
-        _refuse("w.T")
+        refuse("w.T")
 
     @property
     def mT(self) -> NoReturn:  # noqa: N802
         """Raises; see `AdaptedWeight`."""
-        _refuse("w.mT")
+        refuse("w.mT")
 
 
 def linear(x: Float[AnyArray, ...], w: Any) -> Array:
@@ -221,74 +231,6 @@ def view_matrices(weight: AdaptedWeight) -> MatrixView:
 def is_adapted(leaf: Any) -> bool:
     """Return whether a leaf of a tree is an `AdaptedWeight`."""
     return isinstance(leaf, AdaptedWeight)
-
-
-def _refuse(operation: str) -> NoReturn:
-    raise TypeError(
-        f"`w` must be used as `x @ w`, got {operation} on an AdaptedWeight. Run the "
-        "model through jlora.lift, or rebuild the weights with jlora.merge."
-    )
-
-
-class _RefusedArray:
-    """Stands for a weight that a function of JAX asked for, and raises when looked at.
-
-    `jax.Array @ w` asks too; it does not look, and calls `AdaptedWeight.__rmatmul__`.
-    """
-
-    def __getattr__(self, name: str) -> NoReturn:
-        _refuse("a function of JAX")
-
-    def __repr__(self) -> str:
-        # JAX prints an argument that is no array.
-        _refuse("a function of JAX")
-
-
-def _make_refusal(example: str):
-    def operator(self, *args, **kwargs) -> NoReturn:
-        _refuse(example)
-
-    return operator
-
-
-_REFUSED = {
-    "__matmul__": "w @ x",
-    "__add__": "w + x",
-    "__radd__": "x + w",
-    "__sub__": "w - x",
-    "__rsub__": "x - w",
-    "__mul__": "w * x",
-    "__rmul__": "x * w",
-    "__truediv__": "w / x",
-    "__rtruediv__": "x / w",
-    "__floordiv__": "w // x",
-    "__rfloordiv__": "x // w",
-    "__mod__": "w % x",
-    "__rmod__": "x % w",
-    "__pow__": "w ** x",
-    "__rpow__": "x ** w",
-    "__neg__": "-w",
-    "__pos__": "+w",
-    "__abs__": "abs(w)",
-    "__lt__": "w < x",
-    "__le__": "w <= x",
-    "__gt__": "w > x",
-    "__ge__": "w >= x",
-    "__getitem__": "w[...]",
-    "__iter__": "iteration",
-    "__len__": "len(w)",
-    "__float__": "float(w)",
-    "__int__": "int(w)",
-    "astype": "w.astype(...)",
-    "reshape": "w.reshape(...)",
-    "transpose": "w.transpose(...)",
-    "sum": "w.sum(...)",
-    "mean": "w.mean(...)",
-    "dot": "w.dot(...)",
-}
-
-for _name, _example in _REFUSED.items():
-    setattr(AdaptedWeight, _name, _make_refusal(_example))
 
 
 def _describe_shape(array: Any) -> str:

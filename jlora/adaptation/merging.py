@@ -39,6 +39,7 @@ def merge(
 
     Raises:
         TypeError, ValueError: a key or a rounding that `reconstruct` refuses.
+        ValueError: outside of jit, a float16 weight whose sum is beyond its range.
 
     Cost: one pass over each adapted weight.
 
@@ -59,9 +60,26 @@ def merge(
         if jnp.finfo(leaf.dtype).bits != 16:
             return merge_weight(leaf)
         own_key = None if key is None else fold_path(key, path)
-        return merge_weight(leaf, rounding=rounding, key=own_key)
+        merged = merge_weight(leaf, rounding=rounding, key=own_key)
+        if leaf.dtype == jnp.float16:
+            _check_range(path, leaf, merged)
+        return merged
 
     return map_leaves(merge_leaf, adapted, is_leaf=is_adapted)
+
+
+def _check_range(path: str, weight: AdaptedWeight, merged: Any) -> None:
+    """Refuse infinities that neither the base nor the factors have."""
+    arrays = jax.tree.leaves(merged)
+    parts = [part for part in (weight.base, *weight.factors) if part is not None]
+    if any(isinstance(array, Tracer) for array in (*arrays, *parts)):
+        return
+    is_finite = all(bool(jnp.all(jnp.isfinite(part))) for part in parts)
+    if is_finite and not all(bool(jnp.all(jnp.isfinite(array))) for array in arrays):
+        raise ValueError(
+            f"{path}: the merged weight must fit in float16, got a value above 65504. "
+            "Cast the tree to float32 or bfloat16 first."
+        )
 
 
 def merge_weight(weight: AdaptedWeight, **settings: Any) -> Any:

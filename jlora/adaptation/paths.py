@@ -75,6 +75,18 @@ def why_not_a_matrix(leaf: Any, layout: str = "io") -> str | None:
     return None
 
 
+def why_stacked_vectors(path: str, pattern: str) -> str | None:
+    """Return why a leaf is one vector for each layer by its name, None if it is not.
+
+    A scan over layers stacks the biases [layers, n], which then look like a matrix.
+    """
+    names = path.removesuffix("/value").split("/")
+    for word in ("bias", "scale"):
+        if names[-1].endswith(word) and word not in pattern:
+            return f"is named {names[-1]!r}, a stack of vectors"
+    return None
+
+
 def _stop_at_arrays(
     is_leaf: Callable[[Any], bool] | None,
 ) -> Callable[[Any], bool]:

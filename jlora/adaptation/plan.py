@@ -5,20 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 from jlora import _checks
 from jlora._types import PRNGKey, Tree
 from jlora.adaptation.adapted_weight import is_adapted
 from jlora.adaptation.data import find_data, list_data
-from jlora.adaptation.paths import (
-    fold_path,
-    list_leaves,
-    sort_by_likeness,
-    why_not_a_matrix,
-)
+from jlora.adaptation.paths import fold_path, list_leaves
 from jlora.adaptation.rank_choice import RankRequest, choose_ranks
 from jlora.adaptation.rule import Rule
+from jlora.adaptation.rule_matches import (
+    Match,
+    check_every_rule_used,
+    check_rules,
+    match_leaves,
+)
 from jlora.adaptation.tables import format_table
 from jlora.adaptation.tree_checks import check_layout_given, check_paths, find_tied
 from jlora.layouts import complete_layout, matrix_shape
@@ -95,7 +95,9 @@ def make_plan(
     """Return the plan of the first matching rule for each weight of a tree.
 
     Leaves that match but are no matrix (biases, counters) are not adapted; they are
-    named in `Plan.skipped`, as are weights whose chosen rank is zero. Weights that are
+    named in `Plan.skipped`, as are weights whose chosen rank is zero. A leaf whose name
+    ends in "bias" or "scale" is taken for stacked vectors, unless the pattern contains
+    that word. Weights that are
     tied, one array under several paths, are named in `Plan.tied`: adapting unties them.
     To keep them tied, give `adapt` a tree with one of the paths, from which the model
     reads the weight for both.
@@ -131,14 +133,14 @@ def make_plan(
         >>> [e.path for e in jlora.make_plan(params, jlora.Rule(".*", 2)).entries]
         ['q']
     """
-    checked = _check_rules(rules)
+    checked = check_rules(rules)
     if key is not None:
         _checks.check_key(key)
 
     leaves = list_leaves(params, is_leaf=is_adapted)
     check_paths(leaves)
-    matches = _match_leaves(leaves, checked)
-    _check_every_rule_used(checked, matches, leaves)
+    matches = match_leaves(leaves, checked)
+    check_every_rule_used(checked, matches, leaves)
 
     usable = [match for match in matches if match.reason is None]
     ranks = _choose_open_ranks(usable, data, key)
@@ -157,73 +159,8 @@ def make_plan(
     return Plan(tuple(entries), tuple(skipped), find_tied(leaves, planned))
 
 
-class _Match(NamedTuple):
-    """A leaf and the first rule that matches its path."""
-
-    path: str
-    leaf: Any
-    index: int  # of the rule
-    rule: Rule
-    reason: str | None  # why the leaf is no matrix; None: it is one
-
-
-def _check_rules(rules: Rule | Sequence[Rule]) -> tuple[Rule, ...]:
-    checked = (rules,) if isinstance(rules, Rule) else tuple(rules)
-    if not checked:
-        raise ValueError(
-            "`rules` must hold at least one jlora.Rule, got none. "
-            "Write jlora.Rule(pattern, rank)."
-        )
-
-    for rule in checked:
-        if not isinstance(rule, Rule):
-            raise TypeError(
-                f"`rules` must hold jlora.Rule objects, got {type(rule).__name__}. "
-                "Write jlora.Rule(pattern, rank)."
-            )
-    return checked
-
-
-def _match_leaves(
-    leaves: list[tuple[str, Any]], rules: tuple[Rule, ...]
-) -> list[_Match]:
-    matches = []
-    for path, leaf in leaves:
-        found = (i for i, rule in enumerate(rules) if rule.matches(path))
-        index = next(found, None)
-        if index is not None:
-            rule = rules[index]
-            reason = "is adapted already"
-            if not is_adapted(leaf):
-                reason = why_not_a_matrix(leaf, rule.layout)
-            matches.append(_Match(path, leaf, index, rule, reason))
-    return matches
-
-
-def _check_every_rule_used(
-    rules: tuple[Rule, ...], matches: list[_Match], leaves: list[tuple[str, Any]]
-) -> None:
-    used = {match.index for match in matches if match.reason is None}
-    reasons = {match.path: match.reason for match in matches}
-
-    for index, rule in enumerate(rules):
-        if index in used:
-            continue
-        paths = sort_by_likeness([path for path, _ in leaves], rule.pattern)
-        named = [_name_path(path, reasons.get(path)) for path in paths]
-        listed = ", ".join(named[:8]) + (", ..." if len(named) > 8 else "")
-        raise ValueError(
-            "`rules` must each match a matrix that no earlier rule took, got pattern "
-            f"{rule.pattern!r} without one. The nearest paths are: {listed or 'none'}."
-        )
-
-
-def _name_path(path: str, reason: str | None) -> str:
-    return path if reason is None else f"{path} ({reason})"
-
-
 def _choose_open_ranks(
-    matches: list[_Match], data: Tree | None, key: PRNGKey | None
+    matches: list[Match], data: Tree | None, key: PRNGKey | None
 ) -> dict[str, int]:
     by_path = list_data(data)
     requests = []
@@ -235,7 +172,7 @@ def _choose_open_ranks(
     return choose_ranks(requests)
 
 
-def _make_entry(match: _Match, ranks: dict[str, int]) -> PlanEntry:
+def _make_entry(match: Match, ranks: dict[str, int]) -> PlanEntry:
     path, shape, rule = match.path, tuple(match.leaf.shape), match.rule
     as_matrix = matrix_shape(shape, rule.layout)
     m, n = as_matrix[-2:]
@@ -246,7 +183,10 @@ def _make_entry(match: _Match, ranks: dict[str, int]) -> PlanEntry:
         if rule.num_columns is not None:
             _checks.check_integer(rule.num_columns, "num_columns", maximum=n)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(
+            f"{path}: {error} Give it a rule of its own, before the others, or "
+            "exclude it."
+        ) from None
 
     entry = PlanEntry(path, shape, rule)
     check_layout_given(entry.path, shape, rule.layout, entry.num_parameters)
@@ -255,7 +195,7 @@ def _make_entry(match: _Match, ranks: dict[str, int]) -> PlanEntry:
         raise ValueError(
             f"{path}: `rank` must be at most {limit} for "
             f"init={rule.initializer.label!r} and a matrix of shape ({m}, {n}), got "
-            f"{entry.rank}. Choose a smaller rank."
+            f"{entry.rank}. Choose a smaller rank in a rule of its own, or exclude it."
         )
     return entry
 

@@ -24,7 +24,8 @@ class Rule:
 
     Args:
         pattern: regular expression, searched anywhere in the path
-            ("layers/0/attention/q").
+            ("layers/0/attention/q"). "layers/1" also matches layer 10; "layers/1/" does
+            not.
         rank: static, ≥ 1; or a `RankRule` or `RankBudget`, from which `make_plan`
             chooses it.
         scale: of the delta; finite, not zero. None: 1, or alpha / rank with `alpha`.

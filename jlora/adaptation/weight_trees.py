@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jlora._types import Tree
 from jlora.adaptation.adapted_weight import AdaptedWeight, is_adapted
 from jlora.adaptation.paths import list_leaves, map_leaves, sort_by_likeness
+from jlora.adaptation.static_leaves import hide_static, show_static
 
 
 def split_trainable(
@@ -23,6 +24,8 @@ def split_trainable(
     Each holds None where the other has an array. Of an `AdaptedWeight` the trainable
     tree holds the arrays named by `trainable`, for "core" and "s" its core. With
     `num_columns=k` it holds the last k columns of v, and the frozen tree the others.
+    A leaf that JAX does not take, such as a function of an Equinox module, becomes a
+    static part of the frozen tree, so that both pass through `jax.jit`.
 
     Args:
         adapted: tree from `adapt`.
@@ -149,7 +152,7 @@ def _take_trainable(is_trained: bool, leaf: Any) -> Any:
 
 def _take_frozen(is_trained: bool, leaf: Any) -> Any:
     if not is_adapted(leaf):
-        return None if is_trained else leaf
+        return None if is_trained else hide_static(leaf)
     if leaf.trainable in ("core", "s"):
         return dataclasses.replace(leaf, core=None)
 
@@ -168,4 +171,4 @@ def _first_trained_column(leaf: AdaptedWeight) -> int:
 def _join_leaf(trainable: Any, frozen: Any) -> Any:
     if is_adapted(frozen):
         return join_weight(trainable, frozen)
-    return frozen if trainable is None else trainable
+    return show_static(frozen) if trainable is None else trainable

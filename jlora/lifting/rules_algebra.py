@@ -9,7 +9,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jaxtyping import ArrayLike
 
-from jlora._types import Array, Float
+from jlora._types import AnyArray, Array, Float
 from jlora.layouts import sort_axes
 from jlora.lifting.lifted_weight import (
     LiftedWeight,
@@ -72,7 +72,7 @@ def _scale_factor(
     w: LiftedWeight,
     numbers: ArrayLike,
     params: dict[str, Any],
-    operate: Callable[[Array, Array], Array],
+    operate: Callable[[AnyArray, Array], Array],
 ) -> LiftedWeight | Array:
     """Return a weight times (or over) numbers: one, or one for each row or column."""
     numbers = jnp.asarray(numbers)
@@ -114,8 +114,8 @@ def _add(w: LiftedWeight, other: Float[Array, "..."]) -> LiftedWeight | Array:
     """Return the sum of a weight and an array.
 
     The sum is as large as the weight in the plain program too, so it may become an
-    array: a table of positions is an activation from here on. As long as it is only
-    multiplied, the factors stay thin.
+    array, as a table of positions does. If the program only multiplies by the sum, the
+    factors stay thin.
     """
     w = replace(w, can_materialize=True)
     shape = find_shape(w)

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import ArrayLike
 
 from jlora._numerics import common_dtype, compute_dtype, thin_dtype
-from jlora._types import Array, Float
+from jlora._types import AnyArray, Array, Float
 from jlora.layouts import list_axes
 from jlora.lifting.lifted_weight import LiftedWeight, find_shape
 
@@ -96,8 +96,8 @@ def _multiply(
 
 
 def _multiply_general(
-    left: Array,
-    right: Array,
+    left: AnyArray,
+    right: AnyArray,
     dimension_numbers: tuple[AxesOfBoth, AxesOfBoth],
     settings: dict[str, Any],
 ) -> Array:

@@ -109,7 +109,7 @@ class _Layer(NamedTuple):
 
 def _read_request(
     name: Any,
-    spectra: Layers[SpectrumSource],
+    spectra: Layers[Any],  # `SpectrumSource`s, each of a length of its own
     shapes: Layers[tuple[int, int]] | None,
     minimum: int | Layers[int],
     maximum: int | Layers[int] | None,

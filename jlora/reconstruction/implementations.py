@@ -170,8 +170,8 @@ def _from_bits(bits: Array, dtype: Any) -> Array:
     return bits if bits.dtype == dtype else jax.lax.bitcast_convert_type(bits, dtype)
 
 
-def _join_batch(array: Float[Array, "*batch m n"]) -> Float[Array, "layers m n"]:
-    """Return the array with one batch axis, also of length zero."""
+def _join_batch(array: Array) -> Array:
+    """Return [..., m, n] of any dtype as [layers, m, n], also without a matrix."""
     *batch, m, n = array.shape
     return array.reshape(math.prod(batch), m, n)
 

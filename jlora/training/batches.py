@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jlora._progress import report
 from jlora._types import Tree
 
 _TAKEN = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
@@ -35,10 +36,21 @@ def _to_array(path: tuple, leaf: Any) -> Any:
     )
 
 
-def is_hashable(value: Any) -> bool:
-    """Return whether a value can be a static argument."""
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
+class ShapeCounter:
+    """Counts the shapes of batches, and says once that there are many of them."""
+
+    MOST = 8  # shapes before it speaks: a last short batch and a few lengths are usual
+
+    def __init__(self) -> None:
+        self._seen: set[tuple] = set()
+
+    def count(self, batch: Tree) -> None:
+        """Take note of the shapes of a batch; each new one compiles the step again."""
+        if len(self._seen) > self.MOST:
+            return
+        self._seen.add(tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch)))
+        if len(self._seen) > self.MOST:
+            report(
+                f"fit: the batches have more than {self.MOST} shapes, and each one "
+                "compiles the step again. Pad them to a few."
+            )

@@ -6,14 +6,16 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from jlora import _checks
 from jlora._progress import Progress, report
 from jlora._types import Float, Scalar, Tree
-from jlora.adaptation.weight_trees import join
-from jlora.training.batches import is_hashable, to_arrays
+from jlora.adaptation.weight_trees import join, split_trainable
+from jlora.training.batches import ShapeCounter, to_arrays
+from jlora.training.fit_checks import check_fit
 from jlora.training.steps import Loss, TrainState, init_train, train_step
 
 
@@ -30,6 +32,13 @@ class FitResult(NamedTuple):
     losses: Float[np.ndarray, " steps"]  # float64, the loss before each update
     opt_state: Any  # optax state after the last update
     stop_reason: str | None  # None: all batches done; else why it ended early
+
+    def __repr__(self) -> str:
+        first, last = (f"{value:.4g}" for value in self.losses[[0, -1]])
+        return (
+            f"FitResult({len(self.losses)} losses from {first} to {last}, "
+            f"stop_reason={self.stop_reason!r})"
+        )
 
 
 def fit(
@@ -69,6 +78,7 @@ def fit(
             returned: both runs together are then one run. None: a new state.
         progress: None: a bar on a terminal, plain lines elsewhere. False: neither.
         log_every: most steps between two looks at the loss; a bar looks twice a second.
+            After a loss that is not finite so many batches may still be read.
 
     Returns:
         `FitResult`.
@@ -96,7 +106,7 @@ def fit(
         >>> bool(result.losses[-1] < result.losses[0]), result.stop_reason
         (True, None)
     """
-    _check_fit(loss, optimizer, batches)
+    check_fit(loss, adapted, optimizer, batches)
     log_every = _checks.check_integer(log_every, "log_every")
     if num_steps is not None:
         num_steps = _checks.check_integer(num_steps, "num_steps")
@@ -118,7 +128,20 @@ def fit(
             "`batches` must hold at least one batch, got none. "
             "An iterator can be used only once."
         )
-    return _make_result(state, frozen, np.asarray(losses, np.float64))
+    result = _make_result(state, frozen, np.asarray(losses, np.float64))
+    before, _ = split_trainable(adapted, also_train=also_train)
+    if result.stop_reason is None and not _has_moved(before, state.trainable):
+        report(
+            f"fit: no trained array changed in {len(losses)} steps. Check the loss, "
+            "and whether the optimiser waits for more steps."
+        )
+    return result
+
+
+def _has_moved(before: Tree, after: Tree) -> bool:
+    """Return whether an array differs between two trees of one structure."""
+    pairs = zip(*map(jax.tree.leaves, (before, after)), strict=True)
+    return not all(bool(jnp.array_equal(old, new)) for old, new in pairs)
 
 
 def _run_steps(
@@ -132,9 +155,11 @@ def _run_steps(
 ) -> tuple[TrainState, list[Scalar]]:
     """Step through the batches; look at the device only when the bar is due."""
     losses, pending = [], []
+    shapes = ShapeCounter()
     try:
         for count, batch in enumerate(batches, start=1):
             batch = to_arrays(batch)
+            shapes.count(batch)
             state, value = train_step(loss, optimizer, state, frozen, batch)
             pending.append(value)
 
@@ -190,32 +215,6 @@ def _make_result(state: TrainState, frozen: Tree, losses: np.ndarray) -> FitResu
     )
     report(f"fit stopped: {reason}")
     return FitResult(adapted, losses[: step + 1], state.opt_state, reason)
-
-
-def _check_fit(loss: Any, optimizer: Any, batches: Any) -> None:
-    if not callable(loss):
-        raise TypeError(
-            f"`loss` must be a function of (params, batch), got {type(loss).__name__}. "
-            "Pass one."
-        )
-    if not is_hashable(loss):
-        raise TypeError(
-            f"`loss` must be hashable, got a {type(loss).__name__} without a hash. "
-            "Wrap it in a function."
-        )
-
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise TypeError(
-            "`optimizer` must be an optax.GradientTransformation, got "
-            f"{type(optimizer).__name__}. Write for example optax.adam(1e-3)."
-        )
-
-    is_one_batch = isinstance(batches, (str, bytes, dict))
-    if is_one_batch or not hasattr(batches, "__iter__"):
-        raise TypeError(
-            "`batches` must be an iterable of batches, got "
-            f"{type(batches).__name__}. Put a single batch in a list."
-        )
 
 
 def _length(batches: Any) -> int | None:

@@ -155,13 +155,17 @@ def train_step(
         >>> int(state.step)
         1
     """
-    return _train_step(loss, optimizer, state, frozen, batch)
+    return _compile_step(loss, optimizer)(state, frozen, batch)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("loss", "optimizer"), donate_argnames="state"
-)
-def _train_step(
+# A program of 3 MB for each new function or optimiser: those used last are kept.
+@functools.lru_cache(maxsize=16)
+def _compile_step(loss: Loss, optimizer: optax.GradientTransformation) -> Callable:
+    step = functools.partial(_take_step, loss, optimizer)
+    return jax.jit(step, donate_argnums=0)
+
+
+def _take_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
     state: TrainState,

@@ -119,3 +119,53 @@ def test_an_adapted_weight_is_no_array_and_equals_itself():
     assert w == w
     assert w != dataclasses.replace(w)
     assert len({w, w}) == 1
+
+
+@pytest.mark.parametrize("name", ["bias", "scale", "norm_scale", "layer/bias/value"])
+def test_stacked_vectors_are_skipped_by_their_name(name):
+    params = {"w": W, name: jnp.ones((12, 8))}
+    plan = jlora.make_plan(params, jlora.Rule(".*", 2))
+    assert [entry.path for entry in plan.entries] == ["w"]
+    assert plan.skipped[0][0] == name
+    assert "a stack of vectors" in plan.skipped[0][1]
+
+    word = "scale" if "scale" in name else "bias"
+    named = jlora.make_plan(params, jlora.Rule(word, 2))
+    assert [entry.path for entry in named.entries] == [name]
+
+
+def test_one_small_head_is_told_what_to_do():
+    params = {"w": W, "head": jnp.ones((16, 3))}
+    with pytest.raises(ValueError, match=r"^head: .*rule of its own.*or exclude it"):
+        jlora.make_plan(params, jlora.Rule(".*", 4))
+    rules = [jlora.Rule("head", 2), jlora.Rule(".*", 4)]
+    assert [entry.rank for entry in jlora.make_plan(params, rules).entries] == [2, 4]
+
+
+def test_a_cast_of_all_leaves_casts_the_weight():
+    adapted = adapt({"w": W}, jlora.Rule("w", 2))
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), adapted)
+    assert half["w"].dtype == jnp.bfloat16
+    assert jlora.merge(half)["w"].dtype == jnp.bfloat16
+    assert repr(half["w"]).startswith("bfloat16[12,8]")
+
+
+def test_stacked_adapters_are_merged_under_vmap():
+    adapted = adapt({"w": W}, jlora.Rule("w", 2))
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), adapted)
+    with pytest.raises(ValueError, match=r"`scale` must be a number.*Use jax\.vmap"):
+        jlora.merge(stacked)
+    merged = jax.vmap(jlora.merge)(stacked)["w"]
+    np.testing.assert_array_equal(merged[1], jlora.merge(adapted)["w"])
+
+
+def test_a_merged_weight_beyond_float16_is_refused():
+    adapted = adapt({"w": 100 * W.astype(jnp.float16)}, jlora.Rule("w", 2))
+    large = {"w": dataclasses.replace(adapted["w"], scale=jnp.float32(1e4))}
+    with pytest.raises(ValueError, match=r"^w: .*must fit in float16.*Cast the tree"):
+        jlora.merge(large)
+    assert bool(jnp.isfinite(jlora.merge(adapted)["w"]).all())
+
+
+def test_print_of_an_adapted_tree_is_short():
+    assert len(str(adapt({"w": W}, jlora.Rule("w", 2)))) < 120

@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 
 from jlora.cli.main import main
-from tests.helpers.matrices import X64
 
-pytestmark = pytest.mark.skipif(X64, reason="the same in both precisions")
 COMMAND = [sys.executable, "-m", "jlora"]
 ADAPT = ["adapt", "w.npz", "-o", "out.npz", "--rank", "2", "--columns", "1"]
 ADAPT += ["--domain", "d.npy"]

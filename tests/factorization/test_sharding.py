@@ -55,7 +55,8 @@ def test_sharded_over_eight_devices(axis, tmp_path):
     program.write_text(PROGRAM)
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
+        + " --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
     }
 

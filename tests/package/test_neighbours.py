@@ -19,9 +19,7 @@ from tests.helpers.array_functions import (
     Case,
     to_tuple,
 )
-from tests.helpers.matrices import X64
 
-pytestmark = pytest.mark.skipif(X64, reason="the same in both precisions")
 # Functions whose leading axis is no batch axis, or that close over an array.
 NOT_BATCHED = (
     "apply_many, gather",

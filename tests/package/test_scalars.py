@@ -7,9 +7,7 @@ import pytest
 
 import jlora
 from tests.helpers.array_functions import as_svd, draw, draw_svd
-from tests.helpers.matrices import X64
 
-pytestmark = pytest.mark.skipif(X64, reason="the same in both precisions")
 FACTORS = jlora.Factors(draw(3, 6, 3), draw(3, 3, 5))
 ONE = jlora.Factors(FACTORS.u[0], FACTORS.v[0])
 SVD = as_svd(*draw_svd(6, 5, 3))

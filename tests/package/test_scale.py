@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from tests.helpers.array_functions import CASES, DTYPE, Case, draw, to_tuple
+from tests.helpers.array_functions import CASES, draw, to_tuple
 from tests.helpers.matrices import X64
+from tests.helpers.scaling import assert_same, rescale
 
 # Powers of two for c. The largest entries stay normal numbers with room for sums.
 EXPONENTS = (-900, 900) if X64 else (-100, -54, 100)
@@ -27,16 +27,6 @@ def list_scaled() -> list[Any]:
         for degrees in case.degrees
         for exponent in EXPONENTS
     ]
-
-
-def rescale(arrays: Any, degrees: Any, exponent: int) -> tuple[Any, ...]:
-    """Return the arrays times 2**(exponent * degree), in float64 for results."""
-    return tuple(
-        np.ldexp(np.asarray(array), round(exponent * degree)).astype(
-            np.asarray(array).dtype
-        )
-        for array, degree in zip(arrays, degrees, strict=True)
-    )
 
 
 @functools.cache
@@ -53,15 +43,6 @@ def jit_vjp(fn: Any) -> Any:
 
 def _as_tuple(fn: Any) -> Any:
     return lambda *arrays: to_tuple(fn(*arrays))
-
-
-def assert_same(case: Case, found: Any, expected: Any) -> None:
-    eps = np.finfo(DTYPE).eps
-    for one, other in zip(to_tuple(found), to_tuple(expected), strict=True):
-        one, other = np.asarray(one), np.asarray(other)
-        largest = np.abs(other).max(initial=0)
-        assert np.isfinite(one).all()
-        assert np.abs(one - other).max(initial=0) <= case.tolerance * eps * largest
 
 
 @pytest.mark.parametrize(("case", "degrees", "exponent"), list_scaled())

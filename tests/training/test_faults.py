@@ -1,5 +1,8 @@
 """Faults during training: what was trained is kept, and the reason is said."""
 
+import gc
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -190,3 +193,102 @@ def test_numpy_bases_are_sent_once():
     on_host = jax.tree.map(np.asarray, adapted)
     _, frozen = jlora.init_train(on_host, optax.sgd(0.1))
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(frozen))
+
+
+def test_fit_inside_of_jit_is_refused():
+    adapted, batch = make_problem()
+    with pytest.raises(TypeError, match=r"outside of jax\.jit.*train_step"):
+        jax.jit(lambda tree: fit(tree, optax.sgd(0.1), [batch]).losses)(adapted)
+
+
+def test_many_shapes_are_said_once(capsys):
+    adapted, (x, y) = make_problem()
+    fit(adapted, optax.sgd(0.1), [(x[:n], y[:n]) for n in range(1, 13)])
+    assert capsys.readouterr().err.count("more than 8 shapes") == 1
+    fit(adapted, optax.sgd(0.1), [(x[:n], y[:n]) for n in (4, 8, 4, 8)] * 3)
+    assert "shapes" not in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_run_that_moves_nothing_is_said(capsys):
+    adapted, batch = make_problem()
+    fit(adapted, optax.MultiSteps(optax.sgd(0.1), 4), [batch] * 2)
+    assert "no trained array changed in 2 steps" in capsys.readouterr().err
+    fit(adapted, optax.MultiSteps(optax.sgd(0.1), 4), [batch] * 4)
+    assert capsys.readouterr().err == ""
+
+
+def test_programs_of_dropped_losses_are_freed():
+    # Each program holds about 50 memory maps, and Linux gives a process 65,530.
+    adapted, batch = make_problem()
+
+    def count_maps(num_losses):
+        for _ in range(num_losses):
+            fit(adapted, optax.sgd(0.1), [batch], lambda p, b: mean_square(p, b))
+        gc.collect()
+        return len(pathlib.Path("/proc/self/maps").read_text().splitlines())
+
+    before = count_maps(20)
+    assert count_maps(20) < before + 100
+
+
+def test_the_printed_result_is_one_line():
+    adapted, batch = make_problem()
+    text = str(fit(adapted, optax.sgd(0.01), [batch] * 3))
+    assert text.startswith("FitResult(3 losses from ")
+    assert text.endswith("stop_reason=None)")
+
+
+@pytest.mark.parametrize("transform", ["fit", "jit", "checkpoint"])
+def test_equinox_modules_with_functions_as_leaves_train(transform):
+    equinox = pytest.importorskip("equinox")
+    model = equinox.nn.MLP(12, 6, 16, 1, activation=jnp.tanh, key=jax.random.key(3))
+    plan = jlora.make_plan(model, jlora.Rule("weight", 2, layout="oi"))
+    adapted = jlora.adapt(model, plan, key=jax.random.key(4))
+    _, batch = make_problem()
+
+    def loss(model, batch):
+        x, y = batch
+        return jnp.mean((jax.vmap(model)(x) - y) ** 2)
+
+    if transform == "fit":
+        result = fit(adapted, optax.sgd(0.1), [batch] * 5, jlora.lift(loss))
+        assert result.losses[-1] < result.losses[0]
+        assert result.adapted.activation is model.activation
+        return
+
+    trainable, frozen = jlora.split_trainable(adapted)
+
+    def compute(trainable, frozen, batch):
+        return jlora.lift(loss)(jlora.join(trainable, frozen), batch)
+
+    wrapped = {"jit": jax.jit, "checkpoint": jax.checkpoint}[transform](compute)
+    expected = loss(jlora.merge(adapted), batch)
+    np.testing.assert_allclose(wrapped(trainable, frozen, batch), expected, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_adamw_decays_the_weight_itself_and_add_decayed_delta_what_was_learned():
+    adapted, batch = make_problem()
+
+    def loss(params, batch):  # its gradient is zero
+        return 0.0 * mean_square(params, batch)
+
+    def find_change(optimizer, tree=adapted):
+        result = fit(tree, optimizer, [batch] * 20, loss)
+        old, new = (jlora.merge(t)["a"] for t in (adapted, result.adapted))
+        return float(jnp.linalg.norm(new - old) / jnp.linalg.norm(old))
+
+    assert find_change(optax.adamw(0.1, weight_decay=0.5)) > 0.3
+    decay = optax.chain(
+        optax.scale_by_adam(), jlora.optimizers.add_decayed_delta(0.5), optax.scale(-1)
+    )
+    assert find_change(decay) == 0.0
+
+    # From a state that began at `adapted`, half of what was learned goes in each step.
+    state, _ = jlora.init_train(adapted, decay)
+    moved = jax.tree.map(lambda array: array + 1, state.trainable)
+    updates, _ = decay.update(
+        jax.tree.map(jnp.zeros_like, moved), state.opt_state, moved
+    )
+    np.testing.assert_allclose(updates["a"].v, -0.5, rtol=1e-6)

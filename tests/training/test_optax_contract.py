@@ -11,9 +11,7 @@ import optax
 import pytest
 
 import jlora
-from tests.helpers.matrices import X64
 
-pytestmark = pytest.mark.skipif(X64, reason="the same in both precisions")
 NUM_STEPS = 5
 # optax's own functions promote Python numbers and integers, which strict promotion
 # refuses.

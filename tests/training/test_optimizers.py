@@ -63,6 +63,14 @@ OPTIMIZERS = {
             optax.scale(-0.05),
         ),
     ),
+    "add_decayed_delta": (
+        "uv",
+        lambda: optax.chain(
+            optax.scale_by_adam(),
+            jlora.optimizers.add_decayed_delta(0.1),
+            optax.scale(-0.05),
+        ),
+    ),
     "riemannian_sgd": ("uv", lambda: jlora.optimizers.riemannian_sgd(0.1)),
     "a user's own": ("v", lambda: scaled_gradient_descent(0.1)),
     "optax lbfgs": ("uv", lambda: optax.lbfgs(memory_size=5)),
