@@ -11,16 +11,16 @@ import jlora._interrupt  # noqa: I001, F401
 import jax as _jax  # noqa: F401
 import optax as _optax  # noqa: F401
 
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from jlora import (  # noqa: F401
     adaptation,
-    checkpoints,
     factorization,
     initializers,
-    lifting,
     quantization,
     rank_selection,
     reconstruction,
-    training,
     updates,
 )
 from jlora.adaptation import (
@@ -36,7 +36,6 @@ from jlora.adaptation import (
     merge,
     split_trainable,
 )
-from jlora.checkpoints import load_arrays, save_arrays
 from jlora.factorization import (
     adaptive_svd,
     estimate_error,
@@ -45,11 +44,38 @@ from jlora.factorization import (
     truncated_svd,
 )
 from jlora.factors import SVD, Factors, split_svd
-from jlora.lifting import lift, on_merged
 from jlora.rank_selection import allocate_ranks, choose_rank
 from jlora.reconstruction import apply_factors, apply_many, reconstruct, stack_factors
-from jlora.training import fit, init_train, optimizers, train_step  # noqa: F401
 from jlora.updates import concatenate_factors, recompress, set_columns
+
+if _TYPE_CHECKING:
+    from jlora import checkpoints, lifting, training  # noqa: F401
+    from jlora.checkpoints import load_arrays, load_peft, save_arrays, save_peft
+    from jlora.lifting import lift, on_merged
+    from jlora.training import fit, init_train, optimizers, train_step  # noqa: F401
+
+# Packages that a program of kernels does not need are imported on their first use:
+# with them the import of jlora takes a tenth longer than that of JAX and optax.
+_ON_USE = {
+    "checkpoints": ("load_arrays", "load_peft", "save_arrays", "save_peft"),
+    "lifting": ("lift", "on_merged"),
+    "training": ("fit", "init_train", "optimizers", "train_step"),
+}
+_OWNERS = {name: package for package, names in _ON_USE.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _OWNERS and name not in _ON_USE:
+        raise AttributeError(f"module 'jlora' has no attribute {name!r}")
+    package = _import_module(f"jlora.{_OWNERS.get(name, name)}")
+    found = getattr(package, name) if name in _OWNERS else package
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_OWNERS, *_ON_USE})
+
 
 __version__ = "0.1.0"
 
@@ -75,6 +101,7 @@ __all__ = [
     "lift",
     "linear",
     "load_arrays",
+    "load_peft",
     "low_rank_approximation",
     "make_plan",
     "merge",
@@ -83,6 +110,7 @@ __all__ = [
     "recompress",
     "reconstruct",
     "save_arrays",
+    "save_peft",
     "set_columns",
     "split_svd",
     "split_trainable",

@@ -1,10 +1,44 @@
 """Files ↔ arrays.
 
-arrays       `load_arrays`, `save_arrays`: named arrays in .npy, .npz and .safetensors
-safetensors  the safetensors format, with bfloat16
-files        files that are written completely or not at all
+arrays              `load_arrays`, `save_arrays`: .npy, .npz and .safetensors files
+checkpoint          `open_checkpoint`: arrays of a file or folder, read when used
+peft                `save_peft`, `load_peft`: adapters in PEFT's files
+peft_reader         `read_peft`: everything that such an adapter holds
+peft_config         their configuration, ranks and scales
+peft_keys           the names of their tensors
+experts             factors of stacked experts
+adapter_files       the two files of an adapter
+merge_jobs          `merge_checkpoint`: a model folder with adapters merged in
+merge_plan          which tensors each file of the merged model holds
+merge_blocks        changed tensors, some rows at a time
+changes             what adapters change in the tensors of a checkpoint
+tied                models whose head is their embedding
+architectures       what model families call their weights
+output_folder       a folder that appears whole
+folders             which files of a folder hold which arrays
+safetensors_header  where the tensors of a safetensors file lie
+safetensors         the dtypes of the format, and its writer
+numpy_files         NumPy's formats, read without trust
+json_files          JSON files, read without trust
+files               files that are written completely or not at all
 """
 
 from jlora.checkpoints.arrays import load_arrays, save_arrays
+from jlora.checkpoints.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from jlora.checkpoints.merge_jobs import MergeReport, merge_checkpoint
+from jlora.checkpoints.peft import load_peft, save_peft
+from jlora.checkpoints.peft_reader import PeftAdapter, read_peft
 
-__all__ = ["load_arrays", "save_arrays"]
+__all__ = [
+    "Checkpoint",
+    "MergeReport",
+    "PeftAdapter",
+    "TensorInfo",
+    "load_arrays",
+    "load_peft",
+    "merge_checkpoint",
+    "open_checkpoint",
+    "read_peft",
+    "save_arrays",
+    "save_peft",
+]

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from jlora._types import AnyArray
+from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.checkpoints.files import replace_file
 from jlora.checkpoints.numpy_files import (
     can_keep,
@@ -20,11 +21,7 @@ from jlora.checkpoints.numpy_files import (
     write_npy,
     write_npz,
 )
-from jlora.checkpoints.safetensors import (
-    check_entries,
-    read_safetensors,
-    write_safetensors,
-)
+from jlora.checkpoints.safetensors import check_entries, write_safetensors
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
 
@@ -72,7 +69,7 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
     with open(path, "rb") as file:
         try:
             if suffix == ".safetensors":
-                return read_safetensors(path)
+                return dict(open_checkpoint(path))
             if suffix == ".npy":
                 return {path.stem: read_npy(file, find_size(file))}
             return read_npz(file, find_size(file))

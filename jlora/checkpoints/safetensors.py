@@ -1,12 +1,11 @@
-"""The safetensors format, bfloat16 included, as NumPy arrays.
-
-The NumPy reader of the library does not know bfloat16, so the bytes are viewed here.
-"""
+"""The dtypes of the safetensors format, and its writer for NumPy arrays."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 import ml_dtypes
@@ -26,45 +25,43 @@ _DTYPES = {
     "U16": np.uint16,
     "U8": np.uint8,
     "BOOL": np.bool_,
+    "C64": np.complex64,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
 }
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Return {name: array} of a safetensors file.
+def find_dtype(code: str) -> np.dtype | None:
+    """Return the NumPy dtype of one of the format's codes, or None if it has none."""
+    return np.dtype(_DTYPES[code]) if code in _DTYPES else None
 
-    Raises:
-        OSError: the file cannot be opened.
-        ValueError: the file is damaged, or holds a dtype that NumPy does not know.
+
+def find_code(dtype: np.dtype) -> str:
+    """Return the format's code of a NumPy dtype that `check_entries` accepts."""
+    return _NAMES[dtype.newbyteorder("=")]
+
+
+def format_header(
+    entries: Sequence[tuple[str, str, tuple[int, ...], int]],
+) -> bytes:
+    """Return the first bytes of a file: the places of tensors in the given order.
+
+    Args:
+        entries: (name, code of the dtype, shape, number of bytes) of each tensor.
     """
-    import safetensors  # on use, which keeps the import of jlora fast
-
-    with open(path, "rb") as file:
-        content = file.read()
-    try:
-        entries = safetensors.deserialize(content)
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path}: must be a whole safetensors file, got one that cannot be read "
-            f"({error}). Copy or download it again."
-        ) from None
-    return {name: _view_entry(path, name, entry) for name, entry in entries}
-
-
-def _view_entry(
-    path: str | os.PathLike[str], name: str, entry: Mapping[str, Any]
-) -> np.ndarray:
-    """Return the array of one entry: its dtype's name, its shape and its bytes."""
-    if entry["dtype"] not in _DTYPES:
-        raise ValueError(
-            f"{path}: must hold dtypes that NumPy knows, got {entry['dtype']} at "
-            f"{name}. Convert it first."
-        )
-    # Copy to a bytearray, or the array would be read-only.
-    flat = np.frombuffer(bytearray(entry["data"]), dtype=_DTYPES[entry["dtype"]])
-    return flat.reshape(entry["shape"])
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, code, shape, num_bytes in entries:
+        place = [offset, offset + num_bytes]
+        fields[name] = {"dtype": code, "shape": list(shape), "data_offsets": place}
+        offset += num_bytes
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    return struct.pack("<Q", len(text)) + text
 
 
 def check_entries(

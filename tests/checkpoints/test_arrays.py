@@ -66,9 +66,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     jlora.save_arrays(path, {"w": np.ones(2)})
     before = path.read_bytes()
     with pytest.raises(
-        TypeError, match="dtypes that safetensors knows, got complex64 at w"
+        TypeError, match="dtypes that safetensors knows, got complex128 at w"
     ):
-        jlora.save_arrays(path, {"w": np.ones(2, np.complex64)})
+        jlora.save_arrays(path, {"w": np.ones(2, np.complex128)})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["w.safetensors"]
 

@@ -1,6 +1,8 @@
 """Public names: where they are, and that each documents itself with an example."""
 
 import doctest
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -57,7 +59,9 @@ ROAD = [
     "init_train",
     "train_step",
     "load_arrays",
+    "load_peft",
     "save_arrays",
+    "save_peft",
 ]
 
 
@@ -79,6 +83,15 @@ def test_the_top_level_has_the_names_of_the_road():
     for name in ROAD:
         everywhere = [public for public in PUBLIC if public.split(".")[-1] == name]
         assert len(everywhere) == 2, f"{name} is public in {everywhere}"
+
+
+def test_packages_that_are_imported_on_use_are_listed():
+    assert {"checkpoints", "lifting", "training", "optimizers"} <= set(dir(jlora))
+    with pytest.raises(AttributeError, match="has no attribute 'lora'"):
+        _ = jlora.lora
+    code = "import sys, jlora; print('jlora.training' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n"
 
 
 def test_public_names_are_in_one_sub_package():

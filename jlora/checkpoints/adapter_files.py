@@ -1,0 +1,62 @@
+"""The two files of an adapter, written so that a reader finds both or neither."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import secrets
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jlora.checkpoints.files import replace_file
+from jlora.checkpoints.json_files import write_json
+from jlora.checkpoints.peft_config import CONFIG_NAME
+from jlora.checkpoints.safetensors import check_entries, write_safetensors
+
+
+def write_adapter(
+    folder: pathlib.Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]
+) -> None:
+    """Write the tensors and the configuration of an adapter to a folder.
+
+    A folder that does not exist appears with both files. In one that exists each file
+    is replaced, the configuration last.
+
+    Raises:
+        OSError, ValueError: the folder cannot be made or written to.
+    """
+    check_entries(folder, tensors)
+    if folder.exists() or folder.is_symlink():
+        if not folder.is_dir():
+            raise ValueError(
+                f"{folder}: must be a folder or a new path, got a file. Choose another."
+            )
+        _write_files(folder, tensors, config)
+        return
+
+    # Beside the folder, so that a rename is enough.
+    parent = folder.absolute().parent
+    if not parent.is_dir():
+        raise ValueError(
+            f"{folder}: must lie in a folder that exists, got none. Make it first."
+        )
+    partial = parent / f".{secrets.token_hex(8)}.partial"
+    partial.mkdir()
+    try:
+        _write_files(partial, tensors, config)
+        os.rename(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write_files(
+    folder: pathlib.Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]
+) -> None:
+    with replace_file(folder / "adapter_model.safetensors") as file:
+        write_safetensors(file, tensors)
+    with replace_file(folder / CONFIG_NAME) as file:
+        write_json(file, dict(config))

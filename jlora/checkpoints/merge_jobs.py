@@ -1,0 +1,209 @@
+"""`merge_checkpoint`: a model folder with adapters merged in, tensor by tensor."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import BinaryIO, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jlora import _checks
+from jlora._progress import Progress
+from jlora._types import PRNGKey
+from jlora.adaptation.paths import fold_path
+from jlora.checkpoints.changes import find_changes
+from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from jlora.checkpoints.folders import find_side_files
+from jlora.checkpoints.json_files import read_json
+from jlora.checkpoints.merge_blocks import merge_tensor
+from jlora.checkpoints.merge_plan import (
+    OutputTensor,
+    identify,
+    list_inputs,
+    make_side_file,
+    plan_files,
+)
+from jlora.checkpoints.output_folder import copy_range, open_output, write_array
+from jlora.checkpoints.peft_reader import read_peft
+from jlora.checkpoints.safetensors import format_header
+from jlora.checkpoints.tied import untie
+from jlora.reconstruction.rounding import check_rounding
+
+Path = str | os.PathLike[str]
+
+
+class MergeReport(NamedTuple):
+    """What `merge_checkpoint` did, or would do.
+
+    Example:
+        >>> import jlora
+        >>> jlora.checkpoints.MergeReport._fields
+        ('changed', 'copied', 'num_bytes', 'untied')
+    """
+
+    changed: tuple[str, ...]  # names of tensors
+    copied: int  # tensors whose bytes are those of the input
+    num_bytes: int  # of the new files of tensors
+    untied: str | None  # the head that was written apart from its embedding
+
+
+def merge_checkpoint(
+    base: Path,
+    adapters: Path | Sequence[Path] | Mapping[Path, float],
+    output: Path,
+    *,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    key: PRNGKey | None = None,
+    progress: bool | None = None,
+    dry_run: bool = False,
+) -> MergeReport:
+    """Write a checkpoint with PEFT adapters merged in, and return what changed.
+
+    The output is sharded like the input. A tensor that no adapter changes is copied
+    byte for byte, and so are the side files (tokeniser, configuration). Only blocks of
+    a matrix and the adapters are in memory. The folder appears when it is whole; a run
+    that was interrupted goes on where it was, with the same bytes.
+
+    An adapter of an embedding that the model also uses as its head does not change the
+    head, neither before merging nor after: the head is written apart, and
+    `tie_word_embeddings` becomes false.
+
+    Args:
+        base: checkpoint, see `open_checkpoint`.
+        adapters: folder of an adapter, several of them, or {folder: weight}. Their
+            deltas are added, without cross terms.
+        output: folder to write; it must not exist.
+        rounding: static, how sums become bfloat16 or float16, see `reconstruct`.
+        key: one typed PRNG key for "stochastic", consumed. None for "nearest".
+        progress: None: a bar on a terminal, plain lines elsewhere. False: neither.
+        dry_run: only check, and return what would be done.
+
+    Returns:
+        `MergeReport`.
+
+    Raises:
+        OSError: a file cannot be read or written.
+        ValueError: damaged inputs, an adapter of another model, a weight in fp8, parts
+            that cannot be merged, an output that exists or has no room.
+
+    Cost: one pass over the input; about 100 MiB beside the adapters.
+
+    Accuracy: each sum is computed in float32 (float64 for float64) and rounded once.
+
+    Example:
+        >>> import numpy as np, tempfile, jlora
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> base, adapter, new = (f"{folder.name}/{name}" for name in "ban")
+        >>> jlora.save_arrays(f"{base}.safetensors", {"layers.0.q.weight": np.eye(2)})
+        >>> delta = jlora.Factors(np.ones((2, 1)), np.ones((1, 2)))
+        >>> jlora.save_peft(adapter, {"layers.0.q": delta})
+        >>> report = jlora.checkpoints.merge_checkpoint(
+        ...     f"{base}.safetensors", adapter, new, progress=False)
+        >>> report.changed
+        ('layers.0.q.weight',)
+        >>> jlora.checkpoints.open_checkpoint(new)["layers.0.q.weight"].tolist()
+        [[2.0, 1.0], [1.0, 2.0]]
+        >>> folder.cleanup()
+    """
+    check_rounding(rounding, key, jnp.dtype(jnp.bfloat16))
+    if rounding == "compensated":
+        raise ValueError(
+            "`rounding` must be 'nearest' or 'stochastic', got 'compensated', which "
+            "needs two tensors. Choose one of them."
+        )
+
+    # Find out everything before the first byte is written.
+    checkpoint = open_checkpoint(base)
+    home = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    is_folder = checkpoint.path.is_dir()
+    config = read_json(home / "config.json") if _has_config(home, is_folder) else {}
+    weighted = _list_adapters(adapters)
+    loaded = [(read_peft(path), weight) for path, weight in weighted]
+    changes = find_changes(checkpoint, config, loaded)
+    untied = untie(changes, checkpoint, config)
+    files = plan_files(checkpoint, changes, untied)
+
+    tensors = [tensor for plan in files.values() for tensor in plan]
+    report = MergeReport(
+        tuple(tensor.name for tensor in tensors if tensor.change),
+        sum(tensor.change is None for tensor in tensors),
+        sum(tensor.num_bytes for tensor in tensors),
+        untied.head if untied else None,
+    )
+    if dry_run:
+        return report
+
+    inputs = [checkpoint.path, *(pathlib.Path(path) for path, _ in weighted)]
+    sides = find_side_files(home) if is_folder else []
+    job = {
+        "job": "merge",
+        "inputs": [identify(path) for path in list_inputs(checkpoint, weighted)],
+        "weights": [weight for _, weight in weighted],
+        "rounding": rounding,
+        "key": None if key is None else jax.random.key_data(key).tolist(),
+    }
+    total = report.num_bytes + sum(path.stat().st_size for path in sides)
+    write = functools.partial(_write_file, checkpoint, rounding, key)
+    with open_output(output, inputs=inputs, num_bytes=total, job=job) as folder:
+        bar = Progress("merge", report.num_bytes, enabled=progress, unit="bytes")
+        try:
+            for path, plan in files.items():
+                name = path.name if is_folder else "model.safetensors"
+                folder.write(name, functools.partial(write, path, plan))
+                bar.advance(sum(tensor.num_bytes for tensor in plan), name)
+        finally:
+            bar.close()
+
+        for path in sides:
+            content = make_side_file(
+                path, files, config, report.num_bytes, untied is not None
+            )
+            folder.write(path.name, content)
+    return report
+
+
+def _write_file(
+    checkpoint: Checkpoint,
+    rounding: str,
+    key: PRNGKey | None,
+    path: pathlib.Path,
+    plan: Sequence[OutputTensor],
+    file: BinaryIO,
+) -> None:
+    """Write one safetensors file: the header, then each tensor in its place."""
+    entries = [(t.name, t.dtype, t.shape, t.num_bytes) for t in plan]
+    file.write(format_header(entries))
+    with open(path, "rb") as source:
+        for tensor in plan:
+            if tensor.change is None:
+                assert tensor.source is not None
+                place = checkpoint.locate(tensor.source)
+                copy_range(source.fileno(), file, place.start, place.num_bytes)
+                continue
+            own_key = None if key is None else fold_path(key, tensor.name)
+            for block in merge_tensor(checkpoint, tensor, rounding, own_key):
+                write_array(file, block)
+
+
+def _list_adapters(
+    adapters: Path | Sequence[Path] | Mapping[Path, float],
+) -> list[tuple[pathlib.Path, float]]:
+    if isinstance(adapters, (str, os.PathLike)):
+        adapters = [adapters]
+    weights = (
+        adapters if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
+    )
+    if not weights:
+        raise ValueError("`adapters` must name at least one, got none. Pass a folder.")
+    return [
+        (pathlib.Path(path), float(_checks.check_scalar(weight, f"weight of {path}")))
+        for path, weight in weights.items()
+    ]
+
+
+def _has_config(home: pathlib.Path, is_folder: bool) -> bool:
+    return is_folder and (home / "config.json").is_file()

@@ -1,0 +1,110 @@
+"""Which tensors each file of a merged checkpoint holds, and its side files."""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from jlora.checkpoints.changes import Change
+from jlora.checkpoints.checkpoint import Checkpoint
+from jlora.checkpoints.json_files import write_json
+from jlora.checkpoints.output_folder import copy_range
+from jlora.checkpoints.safetensors import find_code
+from jlora.checkpoints.tied import Untied
+
+
+class OutputTensor(NamedTuple):
+    """One tensor to write."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+    source: str | None  # the tensor of the input; None: only a change
+    change: Change | None
+
+
+def plan_files(
+    checkpoint: Checkpoint, changes: Mapping[str, Change], untied: Untied | None
+) -> dict[pathlib.Path, list[OutputTensor]]:
+    """Return the tensors of each new file, in the order of its data."""
+    files: dict[pathlib.Path, list[OutputTensor]] = {
+        path: [] for path in checkpoint.files
+    }
+    for name in checkpoint:
+        place = checkpoint.locate(name)
+        tensor = OutputTensor(
+            name, *place[:2], place.num_bytes, name, changes.get(name)
+        )
+        files[checkpoint.info(name).file].append(tensor)
+        if tensor.change is not None and tensor.change.value is not None:
+            _check_shape(name, tensor.change.value, place.shape)
+        if untied is not None and untied.embedding == name:
+            head = tensor._replace(name=untied.head, change=untied.change)
+            files[checkpoint.info(name).file].append(head)
+
+    # A whole module that the base lacks, such as a new head of a classifier.
+    last = checkpoint.files[-1]
+    known = {tensor.name for plan in files.values() for tensor in plan}
+    for name, change in changes.items():
+        if name not in known and change.value is not None:
+            value = change.value
+            code = find_code(value.dtype)
+            files[last].append(
+                OutputTensor(name, code, value.shape, value.nbytes, None, change)
+            )
+    return files
+
+
+def _check_shape(name: str, value: np.ndarray, shape: tuple[int, ...]) -> None:
+    if value.shape != shape:
+        raise ValueError(
+            f"{name}: must have the shape of the model, {shape}, to be replaced, got "
+            f"{value.shape}. Choose the model that the adapter was trained on."
+        )
+
+
+def make_side_file(
+    path: pathlib.Path,
+    files: Mapping[pathlib.Path, Sequence[OutputTensor]],
+    config: Mapping[str, Any],
+    num_bytes: int,
+    is_untied: bool,
+) -> Any:
+    """Return the function that writes a side file: a copy, unless it must change."""
+    if path.name == "config.json" and is_untied:
+        return lambda file: write_json(file, {**config, "tie_word_embeddings": False})
+    if path.name.endswith(".safetensors.index.json"):
+        places = {t.name: file.name for file, plan in files.items() for t in plan}
+        index = {
+            "metadata": {"total_size": num_bytes},
+            "weight_map": dict(sorted(places.items())),
+        }
+        return lambda file: write_json(file, index)
+
+    def copy(file: BinaryIO) -> None:
+        with open(path, "rb") as source:
+            copy_range(source.fileno(), file, 0, path.stat().st_size)
+
+    return copy
+
+
+def list_inputs(
+    checkpoint: Checkpoint, weighted: Sequence[tuple[pathlib.Path, float]]
+) -> list[pathlib.Path]:
+    files = list(checkpoint.files)
+    for folder, _ in weighted:
+        files += [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+    return files
+
+
+def identify(path: pathlib.Path) -> list[Any]:
+    """Return what tells whether a file is still the same one."""
+    status = path.stat()
+    with open(path, "rb") as file:
+        start = hashlib.sha256(file.read(2**16)).hexdigest()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns, start]

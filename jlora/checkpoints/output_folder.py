@@ -1,0 +1,184 @@
+"""A folder that appears whole: written beside its place, resumable, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from jlora.checkpoints.files import replace_file
+from jlora.checkpoints.json_files import read_json, write_json
+
+_PROGRESS = ".progress.json"
+_LOCK = ".lock"
+
+
+class OutputFolder:
+    """The folder while it is written; see `open_output`."""
+
+    def __init__(self, partial: pathlib.Path, job: Mapping[str, Any]) -> None:
+        self.path = partial
+        self._job = json.loads(json.dumps(job))
+        self._done: dict[str, int] = self._read_progress()
+
+    def write(self, name: str, write: Callable[[BinaryIO], None]) -> bool:
+        """Write a file, unless an earlier run of the same job wrote it.
+
+        Returns:
+            Whether it was written now.
+        """
+        path = self.path / name
+        is_whole = path.is_file() and path.stat().st_size == self._done.get(name)
+        if is_whole:
+            return False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(path) as file:
+            write(file)
+        self._done[name] = path.stat().st_size
+        with replace_file(self.path / _PROGRESS) as file:
+            write_json(file, {"job": self._job, "done": self._done})
+        return True
+
+    def _read_progress(self) -> dict[str, int]:
+        """Return the whole files of an interrupted run of this job; remove all else."""
+        path, done = self.path / _PROGRESS, {}
+        if path.is_file():
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                progress = read_json(path)
+                if progress["job"] == self._job:
+                    done = {str(k): int(v) for k, v in progress["done"].items()}
+
+        for entry in self.path.iterdir():
+            if entry.name not in done and entry.name not in (_PROGRESS, _LOCK):
+                _remove(entry)
+        return done
+
+
+@contextlib.contextmanager
+def open_output(
+    target: str | os.PathLike[str],
+    *,
+    inputs: Sequence[pathlib.Path],
+    num_bytes: int,
+    job: Mapping[str, Any],
+) -> Iterator[OutputFolder]:
+    """Yield a folder that is renamed to `target` if the block succeeds.
+
+    It lies beside `target` as `.NAME.partial`, and stays there if the block fails, so
+    that the same job goes on from the files that are whole.
+
+    Args:
+        target: the folder to make; it must not exist.
+        inputs: files and folders that are read, none of which may hold the target.
+        num_bytes: what will be written, for a check of the free space.
+        job: what decides the result; a partial folder of another job is begun anew.
+
+    Raises:
+        OSError: the folder cannot be written.
+        ValueError: the target exists, lies within an input or in no folder, another run
+            writes it, or the disk has too little space.
+    """
+    target = pathlib.Path(target).absolute()
+    check_target(target, inputs)
+    partial = target.parent / f".{target.name}.partial"
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise ValueError(
+            f"{partial}: must be a folder of an earlier run, got another. Remove it."
+        )
+    partial.mkdir(exist_ok=True)
+
+    with open(partial / _LOCK, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{target}: must be written by one run at a time, got another run at "
+                "work. Wait for it, or choose another folder."
+            ) from None
+        folder = OutputFolder(partial, job)
+        _check_space(target, partial, num_bytes)
+        yield folder
+        _finish(partial, target)
+
+
+def check_target(target: pathlib.Path, inputs: Sequence[pathlib.Path]) -> None:
+    """Refuse a folder to write that exists, or that lies within an input."""
+    if target.exists() or target.is_symlink():
+        raise ValueError(
+            f"{target}: must be a folder that does not exist yet, got one that does. "
+            "Choose another, or remove it."
+        )
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+        raise ValueError(
+            f"{target}: must lie in a folder that can be written to, got none. "
+            "Choose another path."
+        )
+    for path in inputs:
+        home = path.resolve()
+        if target.resolve().is_relative_to(home):
+            raise ValueError(
+                f"{target}: must lie outside of the inputs, got a path within {path}. "
+                "Choose another path."
+            )
+
+
+def copy_range(source: int, file: BinaryIO, start: int, num_bytes: int) -> None:
+    """Append a byte range of an open file, in the kernel where the system can."""
+    file.flush()
+    while num_bytes:
+        try:
+            count = os.copy_file_range(source, file.fileno(), num_bytes, start)
+        except OSError:
+            count = file.write(os.pread(source, min(num_bytes, 2**23), start))
+            file.flush()
+        if not count:
+            raise ValueError("an input file ended before its last tensor")
+        start, num_bytes = start + count, num_bytes - count
+
+
+def write_array(file: BinaryIO, array: np.ndarray) -> None:
+    """Append the bytes of an array."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    file.write(flat.view(np.uint8).data)
+
+
+def _finish(partial: pathlib.Path, target: pathlib.Path) -> None:
+    for name in (_PROGRESS, _LOCK):
+        (partial / name).unlink(missing_ok=True)
+    _flush_folder(partial)
+    os.rename(partial, target)
+    _flush_folder(target.parent)
+
+
+def _flush_folder(folder: pathlib.Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_space(target: pathlib.Path, partial: pathlib.Path, num_bytes: int) -> None:
+    status = os.statvfs(partial)
+    free = status.f_bavail * status.f_frsize
+    there = sum(entry.stat().st_size for entry in partial.iterdir())
+    needed = num_bytes + num_bytes // 100 - there
+    if needed > free:
+        raise ValueError(
+            f"{target}: must have room for {needed} bytes, got {free} free. Free some "
+            "space."
+        )
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

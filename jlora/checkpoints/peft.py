@@ -1,0 +1,213 @@
+"""`save_peft` and `load_peft`: factors ↔ the files that PEFT reads and writes."""
+
+from __future__ import annotations
+
+import math
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jlora import _checks
+from jlora.checkpoints.adapter_files import write_adapter
+from jlora.checkpoints.experts import join_experts, name_experts
+from jlora.checkpoints.peft_config import make_config
+from jlora.checkpoints.peft_keys import format_keys
+from jlora.checkpoints.peft_reader import check_finite, make_pair, read_peft
+from jlora.factors import Factors
+
+_EMBEDDINGS = r"(^|\.)(embed_tokens|embed_in|wte|wpe|\w*embeddings?|shared)$"
+
+
+def save_peft(
+    folder: str | os.PathLike[str],
+    factors: Mapping[str, Factors],
+    *,
+    scale: float | Mapping[str, float] = 1.0,
+    portable: bool = True,
+    embeddings: str = _EMBEDDINGS,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write factors as an adapter that PEFT, vLLM and llama.cpp load.
+
+    The folder gets `adapter_model.safetensors` and `adapter_config.json`. The scale is
+    multiplied into the factors, √|scale| on each side, and the configuration says that
+    it is 1.
+
+    Args:
+        folder: to write to; made if it does not exist. Files of an earlier adapter in
+            it are replaced.
+        factors: {path of a module in the PyTorch model: `Factors` of u [in, r],
+            v [r, out]}, ranks may differ. For experts, {path of the parameter: u
+            [experts, in, r], v [experts, r, out]}. A last ".weight" is dropped.
+        scale: of all deltas, or {path: scale}.
+        portable: pad all factors with zeros to one rank, which every reader
+            understands. False: keep the ranks, in a `rank_pattern`, which vLLM before
+            2026 and llama.cpp read wrongly.
+        embeddings: regular expression, searched in the paths, of the modules that are
+            tables of embeddings: PEFT stores these under other names.
+        config: more entries for the configuration, such as
+            {"base_model_name_or_path": "org/name", "task_type": "CAUSAL_LM"}.
+
+    Raises:
+        OSError: the folder cannot be written.
+        TypeError: factors of the wrong kind.
+        ValueError: no factors, a path that is none of a module, NaN or Inf, shapes that
+            do not fit, a scale for no path.
+
+    Accuracy: exact in the dtype of the factors for a scale of 1; float64 is rounded to
+        float32.
+
+    Example:
+        >>> import jax.numpy as jnp, tempfile, jlora
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> delta = jlora.Factors(jnp.ones((4, 2)), jnp.ones((2, 3)))
+        >>> jlora.save_peft(folder.name, {"model.layers.0.mlp.up_proj": delta})
+        >>> factors, config = jlora.load_peft(folder.name)
+        >>> factors["model.layers.0.mlp.up_proj"].u.shape, config["r"]
+        ((4, 2), 2)
+        >>> folder.cleanup()
+    """
+    checked = _check_modules(factors)
+    scales = _list_scales(scale, checked)
+    rank = max(pair.u.shape[-1] for pair in checked.values())
+
+    # Fold the scale, pad, and name the tensors.
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    experts = [module for module, pair in checked.items() if pair.u.ndim == 3]
+    names = name_experts(experts)
+    for module, pair in checked.items():
+        u, v = _fold(pair, scales[module], rank if portable else None)
+        ranks[module] = u.shape[-1]
+        if u.ndim == 3:
+            a, b = join_experts(u, v)
+            keys = format_keys(names[module], is_embedding=False)
+        else:
+            a, b = u.T, v.T
+            is_embedding = re.search(embeddings, module) is not None
+            keys = format_keys(module, is_embedding=is_embedding)
+        tensors |= dict(zip(keys, map(np.ascontiguousarray, (a, b)), strict=True))
+
+    content = make_config(ranks, parameters=experts, **dict(config or {}))
+    write_adapter(pathlib.Path(folder), tensors, content)
+
+
+def load_peft(
+    folder: str | os.PathLike[str],
+) -> tuple[dict[str, Factors], dict[str, Any]]:
+    """Return the factors of a PEFT adapter by module, and its configuration.
+
+    The scale, alpha / r of each module by PEFT's rules, is multiplied into v.
+
+    Args:
+        folder: with `adapter_config.json` and `adapter_model.safetensors`.
+
+    Returns:
+        ({path of a module: `Factors` of u [in, r], v [r, out]}, configuration); experts
+        have u [experts, in, r], v [experts, r, out]. NumPy arrays in the stored dtype,
+        v in at least float32 unless its scale is 1.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: a damaged file, another kind of adapter, a factor without the
+            other, a rank that disagrees with the configuration, NaN or Inf, or parts
+            that are no factors: DoRA magnitudes, biases, whole modules, token rows.
+            `jlora.checkpoints.read_peft` returns those too.
+
+    Example:
+        >>> import jax.numpy as jnp, tempfile, jlora
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> delta = jlora.Factors(jnp.ones((4, 2)), jnp.ones((2, 3)))
+        >>> jlora.save_peft(folder.name, {"layers.0.up_proj": delta}, scale=0.5)
+        >>> u, v = jlora.load_peft(folder.name)[0]["layers.0.up_proj"]
+        >>> (u @ v).shape
+        (4, 3)
+        >>> folder.cleanup()
+    """
+    adapter = read_peft(folder)
+    others = {
+        "whole parameters (modules_to_save, bias)": adapter.saved,
+        "magnitudes of DoRA": adapter.magnitudes,
+        "biases of lora_B": adapter.biases,
+        "rows of tokens": adapter.tokens,
+    }
+    for kind, found in others.items():
+        if found:
+            raise ValueError(
+                f"{folder}: must hold factors only, got {kind} for {len(found)} "
+                f"modules, such as {next(iter(found))}. Read it with "
+                "jlora.checkpoints.read_peft, or merge it with `jlora merge`."
+            )
+    return adapter.factors, adapter.config
+
+
+def _check_modules(factors: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Return {module path: factors as NumPy arrays}, checked."""
+    checked: dict[str, Factors] = {}
+    for path, pair in factors.items():
+        module = path.removesuffix(".weight") if isinstance(path, str) else ""
+        if not module or not re.fullmatch(r"[\w.\-]+", module) or ".." in module:
+            raise ValueError(
+                "`factors` must be named by paths of modules such as "
+                f"'model.layers.0.self_attn.q_proj', got {path!r}. Rename it."
+            )
+        if module in checked:
+            raise ValueError(
+                f"`factors` must name each module once, got {module!r} twice. "
+                "Leave one out."
+            )
+        u, v = (np.asarray(part) for part in _checks.check_factors(pair))
+        if u.ndim not in (2, 3) or 0 in u.shape or 0 in v.shape:
+            raise ValueError(
+                f"{module}: `factors` must be [in, r] and [r, out], or one of each for "
+                f"every expert, got {u.shape} and {v.shape}. Split or reshape them."
+            )
+        for name, part in (("u", u), ("v", v)):
+            check_finite(part, f"{module}.{name}", "`factors`")
+        checked[module] = make_pair(u, v)
+    if not checked:
+        raise ValueError("`factors` must hold at least one pair, got none. Pass some.")
+    return checked
+
+
+def _list_scales(
+    scale: float | Mapping[str, float], modules: Mapping[str, Any]
+) -> dict[str, float]:
+    if not isinstance(scale, Mapping):
+        return dict.fromkeys(modules, _check_scale(scale, "scale"))
+    given = {path.removesuffix(".weight"): value for path, value in scale.items()}
+    if given.keys() != modules.keys():
+        odd = sorted(given.keys() ^ modules.keys())[0]
+        raise ValueError(
+            f"`scale` must have the paths of `factors`, got a difference at {odd!r}. "
+            "Pass one number, or one for each."
+        )
+    return {path: _check_scale(value, path) for path, value in given.items()}
+
+
+def _check_scale(value: Any, name: str) -> float:
+    number = float(_checks.check_scalar(value, name))
+    if not math.isfinite(number):
+        raise ValueError(f"`{name}` must be finite, got {number}. Pass another number.")
+    return number
+
+
+def _fold(factors: Factors, scale: float, rank: int | None) -> tuple[Any, Any]:
+    """Return u and v with √|scale| in each, padded with zeros to a rank."""
+    u, v = (np.asarray(part) for part in factors)
+    root = math.sqrt(abs(scale))
+    if scale != 1.0:
+        u, v = u * u.dtype.type(root), v * v.dtype.type(math.copysign(root, scale))
+
+    missing = 0 if rank is None else rank - u.shape[-1]
+    if missing:
+        batch = [(0, 0)] * (u.ndim - 2)
+        u = np.pad(u, [*batch, (0, 0), (0, missing)])
+        v = np.pad(v, [*batch, (0, missing), (0, 0)])
+    if u.dtype == np.float64:
+        u, v = u.astype(np.float32), v.astype(np.float32)
+    return u, v

@@ -1,0 +1,138 @@
+"""Adapters on models of transformers: jlora and PEFT give the same outputs."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+import jlora
+
+for name in ("torch", "transformers", "peft"):
+    pytest.importorskip(name)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import peft
+
+    from tests.helpers import peft_models
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+# Outputs of size one after two layers in float32.
+CLOSE = 2e-6
+
+
+def draw_factors(shapes, rank=None):
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return 0.2 * rng.standard_normal(shape).astype(np.float32)
+
+    found = {}
+    for index, (path, (*batch, m, n)) in enumerate(shapes.items()):
+        r = 3 + index % 3 if not batch else 4
+        found[path] = jlora.Factors(draw(*batch, m, r), draw(*batch, r, n))
+    return found
+
+
+def merge(tmp_path, model, adapter):
+    base, output = tmp_path / "base", tmp_path / "merged"
+    if not base.exists():
+        model.save_pretrained(base)
+    report = jlora.checkpoints.merge_checkpoint(base, adapter, output, progress=False)
+    return peft_models.reload(output, model), report
+
+
+@pytest.mark.parametrize("portable", [True, False])
+@pytest.mark.parametrize("name", peft_models.MODELS)
+def test_peft_loads_what_jlora_writes_and_merges(tmp_path, name, portable):
+    model = peft_models.make_model(peft_models.MODELS[name])
+    factors = draw_factors(peft_models.list_shapes(model))
+    adapter = tmp_path / "adapter"
+    jlora.save_peft(adapter, factors, scale=-0.5, portable=portable)
+    merged, report = merge(tmp_path, model, adapter)
+    assert report.untied is None
+
+    plain = peft_models.compute(model)
+    found = peft_models.compute(peft.PeftModel.from_pretrained(model, adapter))
+    assert np.abs(found - plain).max() > 0.05
+    assert (
+        np.abs(found - peft_models.compute(merged)).max() < CLOSE * np.abs(plain).max()
+    )
+
+
+PROJECTIONS = ["q_proj", "v_proj", "down_proj"]
+TRAINED = {
+    "rslora": {"use_rslora": True, "target_modules": PROJECTIONS},
+    "patterns": {
+        "target_modules": PROJECTIONS,
+        "rank_pattern": {"layers.1.*q_proj": 5},
+        "alpha_pattern": {"down_proj": 2},
+    },
+    "dora": {"use_dora": True, "target_modules": PROJECTIONS},
+    "biases of lora_B": {"lora_bias": True, "target_modules": ["q_proj"]},
+    "whole modules": {
+        "target_modules": PROJECTIONS,
+        "modules_to_save": ["lm_head", "input_layernorm"],
+    },
+    "tokens": {
+        "target_modules": PROJECTIONS,
+        "trainable_token_indices": {"embed_tokens": [5, 1]},
+    },
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "first layer": {"target_modules": PROJECTIONS, "layers_to_transform": 0},
+    "excluded": {"target_modules": PROJECTIONS, "exclude_modules": ["down_proj"]},
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_jlora_merges_what_peft_trained(tmp_path, name, is_tied):
+    has_bias = {"attention_bias": True} if "biases" in name else {}
+    model = peft_models.make_model(
+        lambda: peft_models.make_llama(tie_word_embeddings=is_tied, **has_bias)
+    )
+    if is_tied and name == "whole modules":
+        pytest.skip("PEFT saves the head of a tied model under two names")
+    model.save_pretrained(tmp_path / "base")
+    trained = peft_models.train(model, **TRAINED[name])
+    trained.save_pretrained(tmp_path / "adapter")
+    expected = peft_models.compute(trained)
+
+    merged, report = merge(tmp_path, model, tmp_path / "adapter")
+    assert (report.untied is not None) == (is_tied and name == "embedding")
+    found = peft_models.compute(merged)
+    assert np.abs(found - expected).max() < CLOSE * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_jlora_merges_conv1d_and_experts_of_peft(tmp_path, name):
+    model = peft_models.make_model(peft_models.MODELS[name])
+    model.save_pretrained(tmp_path / "base")
+    settings = {
+        "gpt2": {"target_modules": ["c_attn", "c_proj", "wte"]},
+        "mixtral": {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        },
+    }[name]
+    trained = peft_models.train(model, **settings)
+    trained.save_pretrained(tmp_path / "adapter")
+    expected = peft_models.compute(trained)
+    merged, _ = merge(tmp_path, model, tmp_path / "adapter")
+    found = peft_models.compute(merged)
+    assert np.abs(found - expected).max() < CLOSE * np.abs(expected).max()
+
+
+def test_several_adapters_add_up_with_their_weights(tmp_path):
+    model = peft_models.make_model(peft_models.make_qwen3)
+    shapes = peft_models.list_shapes(model)
+    factors = draw_factors(shapes)
+    for index in range(2):
+        jlora.save_peft(tmp_path / str(index), factors, scale=0.5 + index)
+    weights = {tmp_path / "0": 2.0, tmp_path / "1": -0.5}
+    merged, _ = merge(tmp_path, model, weights)
+    jlora.save_peft(tmp_path / "sum", factors, scale=2 * 0.5 - 0.5 * 1.5)
+    expected = peft_models.compute(
+        peft.PeftModel.from_pretrained(model, tmp_path / "sum")
+    )
+    found = peft_models.compute(merged)
+    assert np.abs(found - expected).max() < CLOSE * np.abs(expected).max()
