@@ -8,6 +8,9 @@ peft_config         their configuration, ranks and scales
 peft_keys           the names of their tensors
 experts             factors of stacked experts
 adapter_files       the two files of an adapter
+adapter_jobs        `resize_adapter`, `combine_adapters`
+extract_jobs        `extract_checkpoint`: the difference of two checkpoints
+adapter_ranks       ranks of modules, and a report of what they keep
 merge_jobs          `merge_checkpoint`: a model folder with adapters merged in
 merge_plan          which tensors each file of the merged model holds
 merge_blocks        changed tensors, some rows at a time
@@ -23,22 +26,30 @@ json_files          JSON files, read without trust
 files               files that are written completely or not at all
 """
 
+from jlora.checkpoints.adapter_jobs import combine_adapters, resize_adapter
+from jlora.checkpoints.adapter_ranks import AdapterReport, ModuleReport
 from jlora.checkpoints.arrays import load_arrays, save_arrays
 from jlora.checkpoints.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from jlora.checkpoints.extract_jobs import extract_checkpoint
 from jlora.checkpoints.merge_jobs import MergeReport, merge_checkpoint
 from jlora.checkpoints.peft import load_peft, save_peft
 from jlora.checkpoints.peft_reader import PeftAdapter, read_peft
 
 __all__ = [
+    "AdapterReport",
     "Checkpoint",
     "MergeReport",
+    "ModuleReport",
     "PeftAdapter",
     "TensorInfo",
+    "combine_adapters",
+    "extract_checkpoint",
     "load_arrays",
     "load_peft",
     "merge_checkpoint",
     "open_checkpoint",
     "read_peft",
+    "resize_adapter",
     "save_arrays",
     "save_peft",
 ]

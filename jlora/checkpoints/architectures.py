@@ -7,6 +7,7 @@ transformers 5 on the two differ for some families, whose experts are fused in m
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 # Whole models are wrapped in one of these, or are not: "model.layers.0..." is the
@@ -115,6 +116,40 @@ def find_tensors(
             if found:
                 return found
     return None
+
+
+def find_module(tensor: str) -> str:
+    """Return the path of the module whose weight a tensor of a file is.
+
+    Args:
+        tensor: its name, of a single matrix.
+    """
+    for row in RENAMED:
+        if len(row.tensors) != 1 or "{" in row.tensors[0]:
+            continue
+        match = re.match(_make_pattern(row.tensors[0]), tensor)
+        if match is not None:
+            return _fill_groups(row.module, match.groups())
+    return tensor.removesuffix(".weight")
+
+
+def is_one_expert(tensor: str) -> bool:
+    """Return whether a tensor is one of many experts, which are fused in memory."""
+    return re.search(r"\.experts\.\d+\.", tensor) is not None
+
+
+def _make_pattern(template: str) -> str:
+    r"""Return a regular expression for the names of a template with \1 and \2."""
+    text = re.escape(template).replace(r"\\1", "(.*?)").replace(r"\\2", r"(\d+)")
+    return f"^{text}$"
+
+
+def _fill_groups(pattern: str, values: Sequence[str]) -> str:
+    """Return the path that a pattern of `RENAMED` stands for with these groups."""
+    path = pattern.strip("^$").replace(r"\.", ".")
+    for value in values:
+        path = re.sub(r"\([^()]*\)", lambda _, value=value: value, path, count=1)
+    return path
 
 
 def is_conv1d(module: str, model_type: str | None) -> bool:

@@ -6,7 +6,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ class MergeReport(NamedTuple):
 
 def merge_checkpoint(
     base: Path,
-    adapters: Path | Sequence[Path] | Mapping[Path, float],
+    adapters: Path | Sequence[Path] | Mapping[Any, float],
     output: Path,
     *,
     rounding: Literal["nearest", "stochastic"] = "nearest",
@@ -190,7 +190,7 @@ def _write_file(
 
 
 def _list_adapters(
-    adapters: Path | Sequence[Path] | Mapping[Path, float],
+    adapters: Path | Sequence[Path] | Mapping[Any, float],
 ) -> list[tuple[pathlib.Path, float]]:
     if isinstance(adapters, (str, os.PathLike)):
         adapters = [adapters]

@@ -19,7 +19,7 @@ from jlora.checkpoints.peft_keys import format_keys
 from jlora.checkpoints.peft_reader import check_finite, make_pair, read_peft
 from jlora.factors import Factors
 
-_EMBEDDINGS = r"(^|\.)(embed_tokens|embed_in|wte|wpe|\w*embeddings?|shared)$"
+EMBEDDINGS = r"(^|\.)(embed_tokens|embed_in|wte|wpe|\w*embeddings?|shared)$"
 
 
 def save_peft(
@@ -28,7 +28,7 @@ def save_peft(
     *,
     scale: float | Mapping[str, float] = 1.0,
     portable: bool = True,
-    embeddings: str = _EMBEDDINGS,
+    embeddings: str = EMBEDDINGS,
     config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write factors as an adapter that PEFT, vLLM and llama.cpp load.
@@ -71,6 +71,20 @@ def save_peft(
         ((4, 2), 2)
         >>> folder.cleanup()
     """
+    tensors, content = format_adapter(
+        factors, scale=scale, portable=portable, embeddings=embeddings
+    )
+    write_adapter(pathlib.Path(folder), tensors, content | dict(config or {}))
+
+
+def format_adapter(
+    factors: Mapping[str, Factors],
+    *,
+    scale: float | Mapping[str, float] = 1.0,
+    portable: bool = True,
+    embeddings: str = EMBEDDINGS,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return the tensors and the configuration that `save_peft` writes."""
     checked = _check_modules(factors)
     scales = _list_scales(scale, checked)
     rank = max(pair.u.shape[-1] for pair in checked.values())
@@ -92,8 +106,7 @@ def save_peft(
             keys = format_keys(module, is_embedding=is_embedding)
         tensors |= dict(zip(keys, map(np.ascontiguousarray, (a, b)), strict=True))
 
-    content = make_config(ranks, parameters=experts, **dict(config or {}))
-    write_adapter(pathlib.Path(folder), tensors, content)
+    return tensors, make_config(ranks, parameters=experts)
 
 
 def load_peft(

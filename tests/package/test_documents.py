@@ -29,7 +29,9 @@ def test_the_code_of_a_page_runs(path, capsys, tmp_path, monkeypatch):
 def test_most_pages_have_code():
     with_code = [path.name for path in PAGES if list_blocks(path)]
     assert {"README.md", "quickstart.md", "choosing.md", "layouts.md"} <= set(with_code)
-    assert {"lifting.md", "extending.md", "accelerators.md"} <= set(with_code)
+    assert {"lifting.md", "extending.md", "checkpoints.md", "accelerators.md"} <= set(
+        with_code
+    )
 
 
 def test_the_readme_prints_what_it_says(capsys):

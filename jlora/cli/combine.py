@@ -1,0 +1,50 @@
+"""`jlora combine`: write the weighted sum of adapters as one."""
+
+from __future__ import annotations
+
+import argparse
+
+from jlora.checkpoints.adapter_jobs import combine_adapters
+from jlora.cli.output import say
+from jlora.cli.wishes import add_output, say_lines, split_weight
+
+
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Return the parser of `jlora combine`, added to the other subcommands."""
+    parser = commands.add_parser(
+        "combine",
+        help="write the weighted sum of PEFT adapters as one adapter",
+        description=(
+            "Adds the deltas of adapters, each times its weight, without cross terms. "
+            "Without --rank the sum is exact, and the ranks add up."
+        ),
+    )
+    parser.add_argument(
+        "adapters",
+        metavar="ADAPTER[=WEIGHT]",
+        nargs="+",
+        help="folder of a PEFT adapter, and the factor of its delta (1)",
+    )
+    parser.add_argument(
+        "--rank", type=int, metavar="R", help="cut the sum to this rank"
+    )
+    add_output(parser)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run `jlora combine`."""
+    pairs = [split_weight(text) for text in arguments.adapters]
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError(
+            "`ADAPTER` must name each folder once, got one twice. Add its weights up."
+        )
+    report = combine_adapters(
+        dict(pairs),
+        arguments.output,
+        rank=arguments.rank,
+        portable=not arguments.keep_ranks,
+    )
+    if arguments.rank is not None:
+        say_lines(report)
+    say(f"wrote {arguments.output}: {len(report.modules)} modules")

@@ -1,0 +1,71 @@
+"""`jlora merge`: write a model folder with adapters merged in."""
+
+from __future__ import annotations
+
+import argparse
+
+import jax
+
+from jlora.checkpoints.merge_jobs import merge_checkpoint
+from jlora.cli.output import say
+from jlora.cli.targets import check_seed
+from jlora.cli.wishes import split_weight
+
+
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Return the parser of `jlora merge`, added to the other subcommands."""
+    parser = commands.add_parser(
+        "merge",
+        help="write a model folder with PEFT adapters merged in",
+        description=(
+            "Adds the deltas of adapters to the weights of a checkpoint, tensor by "
+            "tensor. The output is sharded like the input; what no adapter changes is "
+            "copied byte for byte. A run that was interrupted goes on where it was."
+        ),
+    )
+    add = parser.add_argument
+    add("base", metavar="BASE", help="model folder, or .safetensors file")
+    add(
+        "adapters",
+        metavar="ADAPTER[=WEIGHT]",
+        nargs="+",
+        help="folder of a PEFT adapter, and the factor of its delta (1)",
+    )
+    add("-o", "--output", metavar="DIR", required=True, help="folder to write")
+    add(
+        "--rounding",
+        choices=("nearest", "stochastic"),
+        default="nearest",
+        help="how sums become bfloat16 or float16 (default: %(default)s)",
+    )
+    add("--seed", type=int, default=0, help="of stochastic rounding (default: 0)")
+    add("--dry-run", action="store_true", help="check, say what would be done, stop")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run `jlora merge`."""
+    check_seed(arguments)
+    pairs = [split_weight(text) for text in arguments.adapters]
+    weights = dict(pairs)
+    if len(weights) != len(pairs):
+        raise ValueError(
+            "`ADAPTER` must name each folder once, got one twice. Add its weights up."
+        )
+
+    is_random = arguments.rounding == "stochastic"
+    report = merge_checkpoint(
+        arguments.base,
+        weights,
+        arguments.output,
+        rounding=arguments.rounding,
+        key=jax.random.key(arguments.seed) if is_random else None,
+        dry_run=arguments.dry_run,
+    )
+    verb = "would write" if arguments.dry_run else "wrote"
+    say(
+        f"{verb} {arguments.output}: {len(report.changed)} tensors merged, "
+        f"{report.copied} copied, {report.num_bytes} bytes"
+    )
+    if report.untied:
+        say(f"{report.untied}: written apart from its embedding, which changed")

@@ -1,0 +1,39 @@
+"""`jlora resize`: write an adapter with smaller ranks."""
+
+from __future__ import annotations
+
+import argparse
+
+from jlora.checkpoints.adapter_jobs import resize_adapter
+from jlora.cli.output import say
+from jlora.cli.wishes import add_output, add_wish, say_lines
+
+
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Return the parser of `jlora resize`, added to the other subcommands."""
+    parser = commands.add_parser(
+        "resize",
+        help="write a PEFT adapter with smaller ranks",
+        description=(
+            "Truncates the delta of each module to its best approximation of a smaller "
+            "rank, and prints what was kept."
+        ),
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder of a PEFT adapter")
+    add_wish(parser)
+    add_output(parser)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run `jlora resize`."""
+    report = resize_adapter(
+        arguments.adapter,
+        arguments.output,
+        rank=arguments.rank,
+        energy=arguments.energy,
+        budget=arguments.budget,
+        portable=not arguments.keep_ranks,
+    )
+    say_lines(report)
+    say(f"wrote {arguments.output}: {len(report.modules)} modules")
