@@ -12,13 +12,13 @@ from jlora._types import AnyArray, Float, Scalar
 from jlora.factors import SVD, check_svd
 
 # A matrix, its singular values in descending order, or its truncated SVD.
-SpectrumSource: TypeAlias = Float[AnyArray, "m n"] | Float[AnyArray, " k"] | SVD
+SpectrumSource: TypeAlias = Float[AnyArray, "_m _n"] | Float[AnyArray, " _k"] | SVD
 
 
 class Spectrum(NamedTuple):
     """Singular values of a matrix, all or the leading ones, with its shape and norm."""
 
-    values: Float[np.ndarray, " k"]  # descending, float64
+    values: Float[np.ndarray, " _k"]  # descending, float64
     shape: tuple[int, int] | None  # (m, n) of the matrix; None: unknown
     norm: float  # Frobenius norm of the matrix, or of `values` if the rest is unknown
     is_complete: bool  # whether `norm` belongs to the whole matrix
