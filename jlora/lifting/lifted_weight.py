@@ -93,8 +93,9 @@ def materialize(weight: LiftedWeight, operation: str) -> Float[Array, "..."]:
         raise ValueError(
             f"{weight.path}: `fn` must use an adapted weight only in products, "
             "lookups, convolutions, casts, slices and reshapes, got "
-            f"{operation} on shape {find_shape(weight)}. Pass materialize=True, leave "
-            "the weight out of the plan, or use jlora.on_merged."
+            f"{operation} on shape {find_shape(weight)} and layout {weight.layout!r}. "
+            "Check the layout in its rule, pass materialize=True, leave the weight out "
+            "of the plan, or use jlora.on_merged."
         )
 
     # Multiply as matrices: all inputs as rows, all outputs as columns.

@@ -18,7 +18,7 @@ SpectrumSource: TypeAlias = Float[AnyArray, "_m _n"] | Float[AnyArray, " _k"] | 
 class Spectrum(NamedTuple):
     """Singular values of a matrix, all or the leading ones, with its shape and norm."""
 
-    values: Float[np.ndarray, " _k"]  # descending, float64
+    values: Float[np.ndarray, " k"]  # descending, float64
     shape: tuple[int, int] | None  # (m, n) of the matrix; None: unknown
     norm: float  # Frobenius norm of the matrix, or of `values` if the rest is unknown
     is_complete: bool  # whether `norm` belongs to the whole matrix

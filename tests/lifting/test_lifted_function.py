@@ -27,6 +27,7 @@ from tests.helpers.lifted_inputs import (
     INPUTS,
     adapt_weight,
     adapt_weights_of,
+    draw_normal,
 )
 from tests.helpers.lifted_lookups import (
     CONVOLUTIONS,
@@ -204,6 +205,26 @@ def test_function_that_needs_the_whole_weight_is_refused_or_materialises_it(
     ):
         jlora.lift(lambda params: fn(**params))(adapted)
     assert_lifts(fn, adapted, lift=lambda loss: jlora.lift(loss, materialize=True))
+
+
+def test_a_wrong_layout_is_named_where_it_shows():
+    # Haiku stores a transposed convolution as [window, outputs, inputs].
+    kernel = draw_normal(3, 3, 6, 5)
+    params = {"w": kernel}
+    plan = jlora.make_plan(params, jlora.Rule("w", 2, layout="ioi"))
+    adapted = jlora.adapt(params, plan, key=jax.random.key(0))
+
+    def model(params):
+        layout = ("NWC", "WIO", "NWC")
+        x = draw_normal(1, 2, 4, 6)
+        return jax.lax.conv_general_dilated(
+            x, params["w"], (1,), "SAME", dimension_numbers=layout
+        )
+
+    with pytest.raises(
+        ValueError, match=r"layout 'ioi'\. Check the layout in its rule"
+    ):
+        jlora.lift(model)(adapted)
 
 
 def test_one_trace_serves_all_values_of_the_factors():
