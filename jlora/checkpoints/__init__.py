@@ -10,6 +10,8 @@ experts             factors of stacked experts
 adapter_files       the two files of an adapter
 adapter_jobs        `resize_adapter`, `combine_adapters`
 extract_jobs        `extract_checkpoint`: the difference of two checkpoints
+init_jobs           `initialize_checkpoint`: first factors, and a base that moved
+init_report         what these factors hold
 adapter_ranks       ranks of modules, and a report of what they keep
 merge_jobs          `merge_checkpoint`: a model folder with adapters merged in
 merge_plan          which tensors each file of the merged model holds
@@ -31,6 +33,7 @@ from jlora.checkpoints.adapter_ranks import AdapterReport, ModuleReport
 from jlora.checkpoints.arrays import load_arrays, save_arrays
 from jlora.checkpoints.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from jlora.checkpoints.extract_jobs import extract_checkpoint
+from jlora.checkpoints.init_jobs import initialize_checkpoint
 from jlora.checkpoints.merge_jobs import MergeReport, merge_checkpoint
 from jlora.checkpoints.peft import load_peft, save_peft
 from jlora.checkpoints.peft_reader import PeftAdapter, read_peft
@@ -44,6 +47,7 @@ __all__ = [
     "TensorInfo",
     "combine_adapters",
     "extract_checkpoint",
+    "initialize_checkpoint",
     "load_arrays",
     "load_peft",
     "merge_checkpoint",

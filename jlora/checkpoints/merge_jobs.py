@@ -22,12 +22,16 @@ from jlora.checkpoints.json_files import read_json
 from jlora.checkpoints.merge_blocks import merge_tensor
 from jlora.checkpoints.merge_plan import (
     OutputTensor,
-    identify,
     list_inputs,
     make_side_file,
     plan_files,
 )
-from jlora.checkpoints.output_folder import copy_range, open_output, write_array
+from jlora.checkpoints.output_folder import (
+    copy_range,
+    identify,
+    open_output,
+    write_array,
+)
 from jlora.checkpoints.peft_reader import read_peft
 from jlora.checkpoints.safetensors import format_header
 from jlora.checkpoints.tied import untie

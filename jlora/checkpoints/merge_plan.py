@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jlora.checkpoints.changes import Change
 from jlora.checkpoints.checkpoint import Checkpoint
 from jlora.checkpoints.json_files import write_json
-from jlora.checkpoints.output_folder import copy_range
+from jlora.checkpoints.output_folder import copy_file
 from jlora.checkpoints.safetensors import find_code
 from jlora.checkpoints.tied import Untied
 
@@ -85,12 +85,7 @@ def make_side_file(
             "weight_map": dict(sorted(places.items())),
         }
         return lambda file: write_json(file, index)
-
-    def copy(file: BinaryIO) -> None:
-        with open(path, "rb") as source:
-            copy_range(source.fileno(), file, 0, path.stat().st_size)
-
-    return copy
+    return functools.partial(copy_file, path)
 
 
 def list_inputs(
@@ -100,11 +95,3 @@ def list_inputs(
     for folder, _ in weighted:
         files += [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
     return files
-
-
-def identify(path: pathlib.Path) -> list[Any]:
-    """Return what tells whether a file is still the same one."""
-    status = path.stat()
-    with open(path, "rb") as file:
-        start = hashlib.sha256(file.read(2**16)).hexdigest()
-    return [str(path.resolve()), status.st_size, status.st_mtime_ns, start]

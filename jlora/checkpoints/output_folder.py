@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
@@ -28,16 +29,22 @@ class OutputFolder:
         self._job = json.loads(json.dumps(job))
         self._done: dict[str, int] = self._read_progress()
 
-    def write(self, name: str, write: Callable[[BinaryIO], None]) -> bool:
-        """Write a file, unless an earlier run of the same job wrote it.
+    def has(self, name: str) -> bool:
+        """Return whether a file is whole, from this run or an interrupted one."""
+        path = self.path / name
+        return path.is_file() and path.stat().st_size == self._done.get(name)
+
+    def write(
+        self, name: str, write: Callable[[BinaryIO], None], *, again: bool = False
+    ) -> bool:
+        """Write a file, unless it is whole already and need not be written again.
 
         Returns:
             Whether it was written now.
         """
-        path = self.path / name
-        is_whole = path.is_file() and path.stat().st_size == self._done.get(name)
-        if is_whole:
+        if self.has(name) and not again:
             return False
+        path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(path) as file:
             write(file)
@@ -45,6 +52,10 @@ class OutputFolder:
         with replace_file(self.path / _PROGRESS) as file:
             write_json(file, {"job": self._job, "done": self._done})
         return True
+
+    def drop(self, name: str) -> None:
+        """Remove a folder that the result does not need."""
+        shutil.rmtree(self.path / name, ignore_errors=True)
 
     def _read_progress(self) -> dict[str, int]:
         """Return the whole files of an interrupted run of this job; remove all else."""
@@ -55,9 +66,11 @@ class OutputFolder:
                 if progress["job"] == self._job:
                     done = {str(k): int(v) for k, v in progress["done"].items()}
 
-        for entry in self.path.iterdir():
-            if entry.name not in done and entry.name not in (_PROGRESS, _LOCK):
-                _remove(entry)
+        kept = {*done, _PROGRESS, _LOCK}
+        for entry in self.path.rglob("*"):
+            is_folder = entry.is_dir() and not entry.is_symlink()
+            if not is_folder and str(entry.relative_to(self.path)) not in kept:
+                entry.unlink()
         return done
 
 
@@ -143,6 +156,20 @@ def copy_range(source: int, file: BinaryIO, start: int, num_bytes: int) -> None:
         start, num_bytes = start + count, num_bytes - count
 
 
+def copy_file(path: pathlib.Path, file: BinaryIO) -> None:
+    """Append the bytes of a file."""
+    with open(path, "rb") as source:
+        copy_range(source.fileno(), file, 0, path.stat().st_size)
+
+
+def identify(path: pathlib.Path) -> list[Any]:
+    """Return what tells whether a file is still the same one."""
+    status = path.stat()
+    with open(path, "rb") as file:
+        start = hashlib.sha256(file.read(2**16)).hexdigest()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns, start]
+
+
 def write_array(file: BinaryIO, array: np.ndarray) -> None:
     """Append the bytes of an array."""
     flat = np.ascontiguousarray(array).reshape(-1)
@@ -152,7 +179,9 @@ def write_array(file: BinaryIO, array: np.ndarray) -> None:
 def _finish(partial: pathlib.Path, target: pathlib.Path) -> None:
     for name in (_PROGRESS, _LOCK):
         (partial / name).unlink(missing_ok=True)
-    _flush_folder(partial)
+    for entry in (partial, *partial.rglob("*")):
+        if entry.is_dir():
+            _flush_folder(entry)
     os.rename(partial, target)
     _flush_folder(target.parent)
 
@@ -168,17 +197,11 @@ def _flush_folder(folder: pathlib.Path) -> None:
 def _check_space(target: pathlib.Path, partial: pathlib.Path, num_bytes: int) -> None:
     status = os.statvfs(partial)
     free = status.f_bavail * status.f_frsize
-    there = sum(entry.stat().st_size for entry in partial.iterdir())
+    files = (entry for entry in partial.rglob("*") if entry.is_file())
+    there = sum(entry.stat().st_size for entry in files)
     needed = num_bytes + num_bytes // 100 - there
     if needed > free:
         raise ValueError(
             f"{target}: must have room for {needed} bytes, got {free} free. Free some "
             "space."
         )
-
-
-def _remove(path: pathlib.Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()

@@ -7,9 +7,10 @@ import os
 from collections.abc import Sequence
 
 from jlora._interrupt import EXIT_CODE, raise_on_interrupt
-from jlora.cli import adapt, combine, demo, extract, merge, ranks, resize, show
+from jlora.cli import adapt, combine, demo, extract, init, merge, ranks, resize, show
 from jlora.cli.output import complain, prepare_streams
 
+_COMMANDS = (demo, adapt, ranks, show, init, extract, merge, resize, combine)
 # Errors that a user can cause. Any other one is a bug of jlora, and says so.
 _USER_ERRORS = (OSError, ValueError, TypeError, MemoryError)
 
@@ -44,7 +45,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    for command in (demo, adapt, ranks, show, extract, merge, resize, combine):
+    for command in _COMMANDS:
         subparser = command.add_parser(commands)
         subparser.add_argument("--debug", action="store_true", help="show tracebacks")
         subparser.set_defaults(run=command.run)

@@ -30,6 +30,8 @@ def check_seed(arguments: argparse.Namespace) -> None:
 
 def check_targets(arguments: argparse.Namespace) -> None:
     """Refuse a pattern that is no regular expression."""
+    if arguments.targets is None:  # of `jlora init`: its default
+        return
     try:
         re.compile(arguments.targets)
     except re.error as error:

@@ -2,6 +2,7 @@
 
 import warnings
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,6 +19,7 @@ with warnings.catch_warnings():
 pytestmark = pytest.mark.filterwarnings("ignore")
 # Outputs of size one after two layers in float32.
 CLOSE = 2e-6
+KEY = jax.random.key(0)
 
 
 def draw_factors(shapes, rank=None):
@@ -136,3 +138,18 @@ def test_several_adapters_add_up_with_their_weights(tmp_path):
     )
     found = peft_models.compute(merged)
     assert np.abs(found - expected).max() < CLOSE * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
+def test_an_initialised_model_has_the_output_of_the_plain_one(tmp_path, name):
+    model = peft_models.make_model(peft_models.MODELS[name])
+    model.save_pretrained(tmp_path / "model")
+    jlora.checkpoints.initialize_checkpoint(
+        tmp_path / "model", tmp_path / "new", rank=4, key=KEY, progress=False
+    )
+    expected = peft_models.compute(model)
+    base = peft_models.reload(tmp_path / "new" / "base", model)
+    assert np.abs(peft_models.compute(base) - expected).max() > 1e-3
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "new" / "adapter")
+    found = peft_models.compute(adapted)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()

@@ -40,6 +40,12 @@ def test_the_road_of_an_adapter(folders, capsys):
     assert run("merge base adapter=0.5 -o merged") == 0
     assert run("extract base merged -o found --rank 4") == 0
     assert "layers.0.q_proj  16           4     1.0000" in capsys.readouterr().out
+    assert run("init base -o new --rank 2 --method pissa") == 0
+    assert "layers.0.q_proj  16           2" in capsys.readouterr().out
+    assert sorted(path.name for path in (folders / "new").iterdir()) == [
+        "adapter",
+        "base",
+    ]
     assert run("resize found -o small --energy 0.5 --keep-ranks") == 0
     assert run("combine small adapter=-0.25 -o sum --rank 3") == 0
     assert "wrote sum: 1 modules" in capsys.readouterr().out
@@ -71,6 +77,9 @@ BAD = {
     "merge base adapter -o base/new": "outside of the inputs",
     "merge base/config.json adapter -o new": "must be a .safetensors file",
     "merge base adapter -o new --seed -1": "`--seed` must",
+    "init base -o new --rank 2 --method eva": "must need no data",
+    "init base -o new --rank 2 --targets (": "`--targets` must",
+    "init base -o new --rank 2 --targets x": "got none",
     "resize adapter -o new --rank 0": "`rank` must be at least 1",
     "resize adapter -o new --energy 2": "`energy` must",
     "resize base -o new --rank 2": "must be a file that can be opened",
