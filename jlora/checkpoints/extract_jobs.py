@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import re
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _checks
+from jlora._numerics import frobenius_norm
 from jlora._progress import Progress
-from jlora._types import PRNGKey
+from jlora._types import Array, PRNGKey
 from jlora.adaptation.paths import fold_path
 from jlora.checkpoints.adapter_files import write_adapter
 from jlora.checkpoints.adapter_ranks import (
@@ -36,6 +38,9 @@ from jlora.factors import SVD, Factors, split_svd
 from jlora.reconstruction.dense import reconstruct
 
 Path = str | os.PathLike[str]
+
+# Enough to keep more energy than torch.svd_lowrank with niter=4, in half of its time.
+_NUM_PASSES = 10
 
 
 class _Found(NamedTuple):
@@ -92,7 +97,8 @@ def extract_checkpoint(
 
     Cost: one `randomized_svd` of each matrix.
 
-    Accuracy: as `randomized_svd`; the energies are relative to the whole change.
+    Accuracy: as `randomized_svd` with ten passes: up to a thousandth of the energy
+        beside the best factors. The energies are relative to the whole change.
 
     Example:
         >>> import jax, numpy as np, tempfile, jlora
@@ -196,25 +202,35 @@ def _decompose(
     key: PRNGKey,
 ) -> _Found | None:
     """Return the leading triplets of one change, or None if there is none."""
-    delta = new[name].astype(np.float32) - old[name].astype(np.float32)
-    if not np.isfinite(delta).all():
+    w, w_old = new[name], old[name]
+    count = min(max_rank, *w.shape)
+    svd, rest, is_finite = jax.device_get(
+        _decompose_difference(w, w_old, fold_path(key, name), count)
+    )
+    if not is_finite:
         raise ValueError(
             f"{new.path}: must be finite, got NaN or Inf in the change of {name}. "
             "Train it again."
         )
-    if not delta.any():
+    if not svd.s.any() and rest == 0:
         return None
 
-    # As a matrix from inputs to outputs.
+    # From inputs to outputs: the factors of the transpose are these, exchanged.
     module, model_type = find_module(name), config.get("model_type")
-    is_io = is_conv1d(module, model_type) or re.search(EMBEDDINGS, module)
-    matrix = jnp.asarray(delta if is_io else delta.T)
-    m, n = matrix.shape
-    count = min(max_rank, m, n)
-    svd = randomized_svd(matrix, count, key=fold_path(key, name))
-    residual = reconstruct(split_svd(svd, "both"), matrix, scale=-1.0)
-    rest = float(np.linalg.norm(np.asarray(residual, np.float64)))
-    return _Found(jax.device_get(svd), (m, n), rest)
+    if not (is_conv1d(module, model_type) or re.search(EMBEDDINGS, module)):
+        svd = SVD(svd.vt.T, svd.s, svd.u.T)
+    return _Found(svd, (svd.u.shape[0], svd.vt.shape[1]), float(rest))
+
+
+@functools.partial(jax.jit, static_argnames="rank")
+def _decompose_difference(
+    new: Array, old: Array, key: PRNGKey, rank: int
+) -> tuple[SVD, Array, Array]:
+    """Return the leading triplets of new - old, the norm of the rest, and "finite"."""
+    delta = new.astype(jnp.float32) - old.astype(jnp.float32)
+    svd = randomized_svd(delta, rank, key=key, num_passes=_NUM_PASSES)
+    residual = reconstruct(split_svd(svd, "both"), delta, scale=-1.0)
+    return svd, frobenius_norm(residual), jnp.isfinite(delta).all()
 
 
 def _cut(
