@@ -171,19 +171,49 @@ def _buy_ranks(layers: Sequence[_Layer], budget: int) -> list[int]:
     gains = np.concatenate([layer.gains for layer in layers])
     ranks = np.array([layer.least for layer in layers])
 
-    # Best value first. Stable: the ranks of a layer stay in their order.
     budget = min(budget, int(prices.sum()))  # the sums below are of 64 bits
-    order = np.argsort(-gains / np.maximum(prices, 1), kind="stable")
-    steps = order[gains[order] > 0]
-    while len(steps):
-        # Buy the leading steps that fit together.
-        spent = np.cumsum(prices[steps])
-        num_bought = int(np.searchsorted(spent, budget, side="right"))
-        bought, steps = steps[:num_bought], steps[num_bought:]
-        np.add.at(ranks, owners[bought], sizes[bought])
-        budget -= int(prices[bought].sum())
-        steps = steps[_find_open(owners[steps], prices[steps], budget)]
+    values = gains / np.maximum(prices, 1)
+    rest = np.flatnonzero(gains > 0)
+    is_open = np.ones(len(layers), bool)
+    while len(rest):
+        steps, rest = _split_leading(rest, values, prices, budget)
+        while len(steps):
+            # Buy the leading steps that fit together.
+            spent = np.cumsum(prices[steps])
+            num_bought = int(np.searchsorted(spent, budget, side="right"))
+            bought, steps = steps[:num_bought], steps[num_bought:]
+            np.add.at(ranks, owners[bought], sizes[bought])
+            budget -= int(prices[bought].sum())
+
+            fits = _find_open(owners[steps], prices[steps], budget)
+            is_open[owners[steps[~fits]]] = False
+            steps = steps[fits]
+        rest = rest[is_open[owners[rest]]]
+        rest = rest[_find_open(owners[rest], prices[rest], budget)]
     return ranks.tolist()
+
+
+def _split_leading(
+    steps: Int[np.ndarray, " t"],
+    values: Float[np.ndarray, " all"],
+    prices: Int[np.ndarray, " all"],
+    budget: int,
+) -> tuple[Int[np.ndarray, " leading"], Int[np.ndarray, " rest"]]:
+    """Return the most valuable steps, best first, and the others in their order.
+
+    There are at least as many as the budget can buy, plus one, so that sorting the
+    others can wait. Equal values stay together and in their order, which keeps the
+    ranks of a layer in theirs.
+    """
+    own = values[steps]
+    is_leading = np.ones(len(steps), bool)
+    count = budget // max(int(prices[steps].min()), 1) + 1
+    if count < len(steps):
+        is_leading = own >= np.partition(own, len(own) - count)[len(own) - count]
+
+    leading = steps[is_leading]
+    order = np.argsort(-values[leading], kind="stable")
+    return leading[order], steps[~is_leading]
 
 
 def _find_open(
