@@ -13,7 +13,7 @@ import numpy as np
 
 from jlora.checkpoints.files import replace_file
 from jlora.checkpoints.json_files import write_json
-from jlora.checkpoints.peft_config import CONFIG_NAME
+from jlora.checkpoints.peft_config import CONFIG_NAME, MODEL_NAME
 from jlora.checkpoints.safetensors import check_entries, write_safetensors
 
 
@@ -56,7 +56,7 @@ def write_adapter(
 def _write_files(
     folder: pathlib.Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]
 ) -> None:
-    with replace_file(folder / "adapter_model.safetensors") as file:
+    with replace_file(folder / MODEL_NAME) as file:
         write_safetensors(file, tensors)
     with replace_file(folder / CONFIG_NAME) as file:
         write_json(file, dict(config))

@@ -13,6 +13,7 @@ import numpy as np
 from jlora import _checks
 from jlora.checkpoints.adapter_ranks import (
     AdapterReport,
+    ModuleReport,
     RankWish,
     check_wish,
     choose_ranks,
@@ -134,7 +135,8 @@ def combine_adapters(
 
     summed = {module: _sum(module, pairs) for module, pairs in parts.items()}
     if rank is None:
-        rows = [_report_sum(module, pair) for module, pair in summed.items()]
+        ranks = {module: pair.u.shape[-1] for module, pair in summed.items()}
+        rows = [ModuleReport(module, r, r, 1.0, 0.0) for module, r in ranks.items()]
         _write(output, summed, configs[0], portable)
         return AdapterReport(tuple(rows))
     cut, report = _cut(summed, check_wish(rank, None, None))
@@ -152,11 +154,6 @@ def _sum(module: str, pairs: list[tuple[Factors, float]]) -> Factors:
     weights = [weight for _, weight in pairs]
     found = concatenate_factors([_to_device(pair) for pair, _ in pairs], weights)
     return make_pair(*map(np.asarray, found))
-
-
-def _report_sum(module: str, factors: Factors) -> Any:
-    rank = factors.u.shape[-1]
-    return report_module(module, np.ones(rank), 0.0, rank, rank)
 
 
 def _cut(

@@ -14,6 +14,9 @@ from typing import NamedTuple
 # "layers.0..." of a model without a head.
 _WRAPPERS = ("model", "transformer", "bert", "roberta", "vit", "gpt_neox", "encoder")
 
+# Tables of embeddings, stored as [vocabulary, size].
+EMBEDDINGS = r"(^|\.)(embed_tokens|embed_in|wte|wpe|\w*embeddings?|shared)$"
+
 # Layers of the class Conv1D, stored as [in, out], by the `model_type` of config.json.
 _CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)$")
@@ -155,6 +158,12 @@ def _fill_groups(pattern: str, values: Sequence[str]) -> str:
 def is_conv1d(module: str, model_type: str | None) -> bool:
     """Return whether a module is stored as [in, out], as GPT-2's layers are."""
     return model_type in _CONV1D_FAMILIES and _CONV1D.search(module) is not None
+
+
+def is_inputs_first(module: str, model_type: str | None) -> bool:
+    """Return whether a matrix is stored as [in, out]: Conv1D layers and embeddings."""
+    is_embedding = re.search(EMBEDDINGS, module) is not None
+    return is_embedding or is_conv1d(module, model_type)
 
 
 def has_experts_io(model_type: str | None) -> bool:

@@ -32,6 +32,16 @@ def join_experts(u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return a, b
 
 
+def stack_experts(
+    a: np.ndarray, b: np.ndarray, num_experts: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return u and v of lora_A and lora_B: the inverse of `join_experts`."""
+    rank = a.shape[0] // num_experts
+    u = a.reshape(num_experts, rank, -1).swapaxes(1, 2)
+    v = b.reshape(-1, rank, num_experts).transpose(2, 1, 0)
+    return u, v
+
+
 def name_experts(parameters: Sequence[str]) -> dict[str, str]:
     """Return {path of a parameter: path under which PEFT stores its factors}.
 

@@ -26,11 +26,11 @@ from jlora.checkpoints.adapter_ranks import (
     choose_ranks,
     report_module,
 )
-from jlora.checkpoints.architectures import find_module, is_conv1d, is_one_expert
+from jlora.checkpoints.architectures import find_module, is_inputs_first, is_one_expert
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from jlora.checkpoints.json_files import read_json
+from jlora.checkpoints.folders import read_model_config
 from jlora.checkpoints.output_folder import check_target
-from jlora.checkpoints.peft import EMBEDDINGS, format_adapter
+from jlora.checkpoints.peft import format_adapter
 from jlora.checkpoints.peft_keys import PREFIX
 from jlora.checkpoints.peft_reader import make_pair
 from jlora.factorization.svd import randomized_svd
@@ -119,7 +119,7 @@ def extract_checkpoint(
     old, new = open_checkpoint(base), open_checkpoint(tuned)
     folder = pathlib.Path(output).absolute()
     check_target(folder, [old.path, new.path])
-    config = _read_config(new) or _read_config(old)
+    config = read_model_config(new.path) or read_model_config(old.path)
 
     found: dict[str, _Found] = {}
     saved: dict[str, np.ndarray] = {}
@@ -217,7 +217,7 @@ def _decompose(
 
     # From inputs to outputs: the factors of the transpose are these, exchanged.
     module, model_type = find_module(name), config.get("model_type")
-    if not (is_conv1d(module, model_type) or re.search(EMBEDDINGS, module)):
+    if not is_inputs_first(module, model_type):
         svd = SVD(svd.vt.T, svd.s, svd.u.T)
     return _Found(svd, (svd.u.shape[0], svd.vt.shape[1]), float(rest))
 
@@ -254,8 +254,3 @@ def _cut(
         factors[module] = make_pair(*map(np.asarray, split_svd(thin, "both")))
         rows.append(report_module(module, spectra[module], rest, min(shape), rank))
     return factors, AdapterReport(tuple(rows), tuple(skipped))
-
-
-def _read_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    path = checkpoint.path / "config.json"
-    return read_json(path) if path.is_file() else {}

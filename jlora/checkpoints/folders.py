@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import stat
+from typing import Any
 
 from jlora.checkpoints.json_files import read_json
 
@@ -31,6 +32,12 @@ def find_files(path: pathlib.Path) -> dict[pathlib.Path, set[str] | None]:
             "For .npy and .npz files use load_arrays."
         )
     return {path: None}
+
+
+def read_model_config(path: pathlib.Path) -> dict[str, Any]:
+    """Return the config.json of a model folder; empty for a file, or without one."""
+    config = path / "config.json"
+    return read_json(config) if config.is_file() else {}
 
 
 def find_side_files(folder: pathlib.Path) -> list[pathlib.Path]:

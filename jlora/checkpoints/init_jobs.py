@@ -21,11 +21,16 @@ from jlora.adaptation.plan import make_plan
 from jlora.adaptation.rank_rules import RankRule
 from jlora.adaptation.rule import Rule
 from jlora.checkpoints.adapter_ranks import AdapterReport, RankWish, check_wish
-from jlora.checkpoints.architectures import find_module, is_conv1d, is_one_expert
+from jlora.checkpoints.architectures import (
+    EMBEDDINGS,
+    find_module,
+    is_inputs_first,
+    is_one_expert,
+)
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from jlora.checkpoints.folders import find_side_files
+from jlora.checkpoints.folders import find_side_files, read_model_config
 from jlora.checkpoints.init_report import report_adapted
-from jlora.checkpoints.json_files import read_json, write_json
+from jlora.checkpoints.json_files import write_json
 from jlora.checkpoints.output_folder import (
     OutputFolder,
     copy_file,
@@ -34,7 +39,8 @@ from jlora.checkpoints.output_folder import (
     open_output,
     write_array,
 )
-from jlora.checkpoints.peft import EMBEDDINGS, format_adapter
+from jlora.checkpoints.peft import format_adapter
+from jlora.checkpoints.peft_config import CONFIG_NAME, MODEL_NAME
 from jlora.checkpoints.peft_reader import make_pair
 from jlora.checkpoints.safetensors import format_header, write_safetensors
 from jlora.factors import Factors
@@ -115,8 +121,7 @@ def initialize_checkpoint(
 
     source = open_checkpoint(checkpoint)
     is_folder = source.path.is_dir()
-    config_path = source.path / "config.json"
-    config = read_json(config_path) if config_path.is_file() else {}
+    config = read_model_config(source.path)
     names = [name for name in source if _is_target(source, name, targets)]
     if not names:
         raise ValueError(
@@ -201,9 +206,7 @@ class _Run:
         """Return the base of one weight, and keep its factors."""
         w = self.source[name]
         module = find_module(name)
-        is_io = is_conv1d(module, self._config.get("model_type")) or re.search(
-            EMBEDDINGS, module
-        )
+        is_io = is_inputs_first(module, self._config.get("model_type"))
         rank: int | RankRule = RankRule("energy", energy=self._wish.energy or 0.9)
         if self._wish.rank is not None:
             rank = min(self._wish.rank, self._initializer.max_rank(*w.shape))
@@ -230,10 +233,10 @@ def _finish(
 
     tensors, content = format_adapter(factors, portable=portable)
     folder.write(
-        "adapter/adapter_model.safetensors",
+        f"adapter/{MODEL_NAME}",
         lambda file: write_safetensors(file, tensors),
     )
-    folder.write("adapter/adapter_config.json", lambda file: write_json(file, content))
+    folder.write(f"adapter/{CONFIG_NAME}", lambda file: write_json(file, content))
 
     report, has_moved = report_adapted(run.source, folder.path / "base", factors)
     if has_moved and is_folder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -43,7 +42,7 @@ def merge_tensor(
     for start in range(0, num_rows, step):
         block = checkpoint.read_rows(tensor.source, start, start + step)
         own_key = None if key is None else jax.random.fold_in(key, start)
-        with _precision_of(block.dtype):
+        with jax.enable_x64(block.dtype == np.float64):
             yield _merge_rows(block, change, start, rounding, own_key, tensor.name)
 
 
@@ -113,9 +112,3 @@ def _scale_outputs(
     magnitude = change.magnitude
     magnitude = magnitude[start:stop] if change.outputs_first else magnitude
     return block * (np.expand_dims(magnitude, axis).astype(block.dtype) / norm)
-
-
-@contextlib.contextmanager
-def _precision_of(dtype: np.dtype) -> Iterator[None]:
-    with jax.enable_x64(dtype == np.float64):
-        yield

@@ -17,8 +17,7 @@ from jlora._types import PRNGKey
 from jlora.adaptation.paths import fold_path
 from jlora.checkpoints.changes import find_changes
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from jlora.checkpoints.folders import find_side_files
-from jlora.checkpoints.json_files import read_json
+from jlora.checkpoints.folders import find_side_files, read_model_config
 from jlora.checkpoints.merge_blocks import merge_tensor
 from jlora.checkpoints.merge_plan import (
     OutputTensor,
@@ -122,9 +121,8 @@ def merge_checkpoint(
 
     # Find out everything before the first byte is written.
     checkpoint = open_checkpoint(base)
-    home = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     is_folder = checkpoint.path.is_dir()
-    config = read_json(home / "config.json") if _has_config(home, is_folder) else {}
+    config = read_model_config(checkpoint.path)
     weighted = _list_adapters(adapters)
     loaded = [(read_peft(path), weight) for path, weight in weighted]
     changes = find_changes(checkpoint, config, loaded)
@@ -142,7 +140,7 @@ def merge_checkpoint(
         return report
 
     inputs = [checkpoint.path, *(pathlib.Path(path) for path, _ in weighted)]
-    sides = find_side_files(home) if is_folder else []
+    sides = find_side_files(checkpoint.path) if is_folder else []
     job = {
         "job": "merge",
         "inputs": [identify(path) for path in list_inputs(checkpoint, weighted)],
@@ -207,7 +205,3 @@ def _list_adapters(
         (pathlib.Path(path), float(_checks.check_scalar(weight, f"weight of {path}")))
         for path, weight in weights.items()
     ]
-
-
-def _has_config(home: pathlib.Path, is_folder: bool) -> bool:
-    return is_folder and (home / "config.json").is_file()

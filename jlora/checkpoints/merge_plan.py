@@ -13,6 +13,7 @@ from jlora.checkpoints.changes import Change
 from jlora.checkpoints.checkpoint import Checkpoint
 from jlora.checkpoints.json_files import write_json
 from jlora.checkpoints.output_folder import copy_file
+from jlora.checkpoints.peft_config import CONFIG_NAME, MODEL_NAME
 from jlora.checkpoints.safetensors import find_code
 from jlora.checkpoints.tied import Untied
 
@@ -93,5 +94,5 @@ def list_inputs(
 ) -> list[pathlib.Path]:
     files = list(checkpoint.files)
     for folder, _ in weighted:
-        files += [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+        files += [folder / CONFIG_NAME, folder / MODEL_NAME]
     return files

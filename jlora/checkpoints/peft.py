@@ -13,13 +13,12 @@ import numpy as np
 
 from jlora import _checks
 from jlora.checkpoints.adapter_files import write_adapter
+from jlora.checkpoints.architectures import EMBEDDINGS
 from jlora.checkpoints.experts import join_experts, name_experts
 from jlora.checkpoints.peft_config import make_config
 from jlora.checkpoints.peft_keys import format_keys
 from jlora.checkpoints.peft_reader import check_finite, make_pair, read_peft
 from jlora.factors import Factors
-
-EMBEDDINGS = r"(^|\.)(embed_tokens|embed_in|wte|wpe|\w*embeddings?|shared)$"
 
 
 def save_peft(

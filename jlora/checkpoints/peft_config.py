@@ -11,6 +11,7 @@ from typing import Any
 from jlora.checkpoints.json_files import read_json
 
 CONFIG_NAME = "adapter_config.json"
+MODEL_NAME = "adapter_model.safetensors"
 
 # Initialisations of PEFT that change the base when the adapter is created.
 _MOVING = ("pissa", "olora", "corda", "loftq", "lora_ga")

@@ -10,19 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jlora import _checks
-from jlora._types import AnyArray
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from jlora.checkpoints.experts import split_experts
+from jlora.checkpoints.experts import split_experts, stack_experts
 from jlora.checkpoints.peft_config import (
     CONFIG_NAME,
+    MODEL_NAME,
     find_scale,
     find_setting,
     read_config,
 )
 from jlora.checkpoints.peft_keys import Key, parse_key
 from jlora.factors import Factors
-
-MODEL_NAME = "adapter_model.safetensors"
 
 
 class PeftAdapter(NamedTuple):
@@ -149,22 +147,13 @@ def _read_module(
 
     scale = find_scale(config, path, int(rank))
     if is_stack:
-        u, v = _stack_experts(a, b, a.shape[0] // int(rank))
+        u, v = stack_experts(a, b, a.shape[0] // int(rank))
     else:
         u, v = a.T, b.T
     if scale != 1.0:
         wide = np.float64 if v.dtype == np.float64 else np.float32
         v = v.astype(wide) * wide(scale)
     return {path: make_pair(u, v)}
-
-
-def _stack_experts(
-    a: AnyArray, b: AnyArray, num_experts: int
-) -> tuple[AnyArray, AnyArray]:
-    rank = a.shape[0] // num_experts
-    u = a.reshape(num_experts, rank, -1).swapaxes(1, 2)
-    v = b.reshape(-1, rank, num_experts).transpose(2, 1, 0)
-    return u, v
 
 
 def _read_finite(checkpoint: Checkpoint, name: str) -> np.ndarray:

@@ -6,7 +6,7 @@ import argparse
 
 from jlora.checkpoints.adapter_jobs import combine_adapters
 from jlora.cli.output import say
-from jlora.cli.wishes import add_output, say_lines, split_weight
+from jlora.cli.wishes import add_output, say_lines, split_weights
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -34,13 +34,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run `jlora combine`."""
-    pairs = [split_weight(text) for text in arguments.adapters]
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError(
-            "`ADAPTER` must name each folder once, got one twice. Add its weights up."
-        )
     report = combine_adapters(
-        dict(pairs),
+        split_weights(arguments.adapters),
         arguments.output,
         rank=arguments.rank,
         portable=not arguments.keep_ranks,

@@ -9,7 +9,7 @@ import jax
 from jlora.checkpoints.merge_jobs import merge_checkpoint
 from jlora.cli.output import say
 from jlora.cli.targets import check_seed
-from jlora.cli.wishes import split_weight
+from jlora.cli.wishes import split_weights
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -46,17 +46,10 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     """Run `jlora merge`."""
     check_seed(arguments)
-    pairs = [split_weight(text) for text in arguments.adapters]
-    weights = dict(pairs)
-    if len(weights) != len(pairs):
-        raise ValueError(
-            "`ADAPTER` must name each folder once, got one twice. Add its weights up."
-        )
-
     is_random = arguments.rounding == "stochastic"
     report = merge_checkpoint(
         arguments.base,
-        weights,
+        split_weights(arguments.adapters),
         arguments.output,
         rounding=arguments.rounding,
         key=jax.random.key(arguments.seed) if is_random else None,

@@ -10,12 +10,12 @@ from jlora.checkpoints.arrays import SUFFIXES, load_arrays
 from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.checkpoints.peft_config import (
     CONFIG_NAME,
+    MODEL_NAME,
     find_scale,
     find_setting,
     read_config,
 )
 from jlora.checkpoints.peft_keys import parse_key
-from jlora.checkpoints.peft_reader import MODEL_NAME
 from jlora.cli.output import say
 from jlora.cli.wishes import say_lines
 

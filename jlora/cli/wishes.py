@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 
 from jlora.cli.output import say
 
@@ -38,7 +39,23 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def split_weight(text: str) -> tuple[str, float]:
+def split_weights(texts: Sequence[str]) -> dict[str, float]:
+    """Return {path: weight} of arguments PATH or PATH=WEIGHT, each path once."""
+    pairs = [_split_weight(text) for text in texts]
+    weights = dict(pairs)
+    if len(weights) != len(pairs):
+        raise ValueError(
+            "`ADAPTER` must name each folder once, got one twice. Add its weights up."
+        )
+    return weights
+
+
+def say_lines(text: object) -> None:
+    """Print each line of a text, as long as somebody reads them."""
+    all(say(line) for line in str(text).splitlines())
+
+
+def _split_weight(text: str) -> tuple[str, float]:
     """Return (path, weight) of an argument PATH or PATH=WEIGHT."""
     path, separator, number = text.rpartition("=")
     if not separator:
@@ -53,8 +70,3 @@ def split_weight(text: str) -> tuple[str, float]:
             "adapter=0.5."
         )
     return path, weight
-
-
-def say_lines(text: object) -> None:
-    """Print each line of a text, as long as somebody reads them."""
-    all(say(line) for line in str(text).splitlines())
