@@ -38,6 +38,7 @@ class Progress:
 
         self._num_done = 0
         self._num_bytes = 0
+        self._waiting = (0, 0)  # steps and bytes of `count` that are not shown yet
         self._started_at = time.perf_counter()
         self._updated_at = self._started_at
 
@@ -62,6 +63,19 @@ class Progress:
         waited = time.perf_counter() - self._updated_at
         return num_waiting >= self._every or (self._bar is not None and waited > 0.5)
 
+    def count(self, count: int = 1, num_bytes: int = 0) -> None:
+        """Count steps as done, and show them when that is due, or on `close`."""
+        steps, waiting_bytes = self._waiting
+        self._waiting = (steps + count, waiting_bytes + num_bytes)
+        if self.is_due(self._waiting[0]):
+            self._show_waiting()
+
+    def _show_waiting(self) -> None:
+        steps, num_bytes = self._waiting
+        self._waiting = (0, 0)
+        if steps:
+            self.advance(steps, num_bytes=num_bytes)
+
     def advance(self, count: int, text: str = "", num_bytes: int = 0) -> None:
         """Count `count` more steps as done, and show `text` or the bytes per second."""
         self._num_done += count
@@ -75,7 +89,11 @@ class Progress:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(count)
         elif self._enabled and not self._is_quiet:
-            self._print_line(text, self._num_done / elapsed)
+            rate = self._num_done / elapsed
+            if self._total is not None and self._num_bytes:
+                left = (self._total - self._num_done) / max(rate, 1e-9)
+                text += f", {left:.0f} s left"
+            self._print_line(text, rate)
 
     def _print_line(self, text: str, rate: float) -> None:
         """Write one line, such as "fit: step 20/50, loss 0.1, 30.0 steps/s"."""
@@ -88,8 +106,15 @@ class Progress:
             file=self._stream,
         )
 
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Remove the bar."""
+        """Show what `count` still holds, and remove the bar."""
+        self._show_waiting()
         if self._bar is not None:
             self._bar.close()
 

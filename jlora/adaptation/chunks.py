@@ -49,6 +49,20 @@ def choose_chunk_size(
             f"{needed} bytes, got {max_bytes}. Raise it."
         )
 
+    return fit_chunk_size(elements, needed, max_bytes, platform)
+
+
+def fit_chunk_size(
+    elements: int, needed: int, max_bytes: int | None, platform: str | None = None
+) -> int:
+    """Return how many matrices keep a device busy and fit into its memory.
+
+    Args:
+        elements: of one matrix.
+        needed: bytes of one matrix and its work space.
+        max_bytes: of a chunk. None: a part of the device's free memory.
+        platform: of JAX. None: the default one.
+    """
     platform = jax.default_backend() if platform is None else platform
     fills_device = _CHUNK_ELEMENTS.get(platform, 2**25) // elements
     limit = _find_free_bytes() if max_bytes is None else max_bytes

@@ -6,15 +6,19 @@ import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from jlora.checkpoints.adapter_layout import AdapterLayout, write_factors
 from jlora.checkpoints.files import replace_file
 from jlora.checkpoints.json_files import write_json
+from jlora.checkpoints.output_folder import OutputFolder
 from jlora.checkpoints.peft_config import CONFIG_NAME, MODEL_NAME
 from jlora.checkpoints.safetensors import check_entries, write_safetensors
+from jlora.factors import Factors
 
 
 def write_adapter(
@@ -51,6 +55,35 @@ def write_adapter(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def write_job_adapter(
+    folder: OutputFolder,
+    layout: AdapterLayout,
+    read: Callable[[str], Factors],
+    *,
+    saved: Mapping[str, Any] = MappingProxyType({}),
+    config: Mapping[str, Any] = MappingProxyType({}),
+    prefix: str = "",
+) -> None:
+    """Write an adapter into the folder of a job, one module in memory at a time.
+
+    Args:
+        folder: of the job.
+        layout: of the adapter.
+        read: gives the factors of a module.
+        saved: whole parameters to store beside them, by name; read when written.
+        config: more entries for the configuration.
+        prefix: path of the adapter in the folder, with a last "/".
+    """
+    content = {**layout.config, **config}
+    if saved:
+        names = sorted({name.rpartition(".")[0] for name in saved})
+        content["modules_to_save"] = names
+    folder.write(
+        prefix + MODEL_NAME, lambda file: write_factors(file, layout, read, saved)
+    )
+    folder.write(prefix + CONFIG_NAME, lambda file: write_json(file, content))
 
 
 def _write_files(

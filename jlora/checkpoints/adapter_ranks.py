@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -61,8 +61,8 @@ class AdapterReport(NamedTuple):
                 row.module,
                 row.old_rank,
                 row.rank,
-                f"{row.energy:.4f}",
-                f"{row.error:.2e}",
+                "-" if math.isnan(row.energy) else f"{row.energy:.4f}",
+                "-" if math.isnan(row.error) else f"{row.error:.2e}",
             )
             for row in self.modules
         ]
@@ -122,6 +122,25 @@ def choose_ranks(
     bought = allocate_ranks(dict(spectra), budget=wish.budget, shapes=dict(shapes))
     assert isinstance(bought, dict)
     return {module: int(rank) for module, rank in bought.items()}
+
+
+def plan_report(
+    sizes: Mapping[str, tuple[int, int]],
+    rank: int,
+    skipped: Sequence[tuple[str, str]] = (),
+) -> AdapterReport:
+    """Return the report of a dry run: the largest ranks, and NaN for the rest.
+
+    Args:
+        sizes: {module: (its rank before, and the largest it can have)}.
+        rank: the largest that the job gives.
+        skipped: (name, reason) of what is left out.
+    """
+    rows = [
+        ModuleReport(module, old_rank, min(rank, limit), math.nan, math.nan)
+        for module, (old_rank, limit) in sizes.items()
+    ]
+    return AdapterReport(tuple(rows), tuple(skipped))
 
 
 def report_module(

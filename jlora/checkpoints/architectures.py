@@ -7,8 +7,10 @@ transformers 5 on the two differ for some families, whose experts are fused in m
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
+
+from jlora.checkpoints.peft_config import check_pattern
 
 # Whole models are wrapped in one of these, or are not: "model.layers.0..." is the
 # "layers.0..." of a model without a head.
@@ -17,12 +19,36 @@ _WRAPPERS = ("model", "transformer", "bert", "roberta", "vit", "gpt_neox", "enco
 # Tables of embeddings, stored as [vocabulary, size].
 EMBEDDINGS = r"(^|\.)(embed_tokens|embed_in|wte|wpe|\w*embeddings?|shared)$"
 
-# Layers of the class Conv1D, stored as [in, out], by the `model_type` of config.json.
-_CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-_CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)$")
+# Matrices that are seldom adapted, beside embeddings: heads and routers.
+NOT_TARGETS = r"(lm_head|embed_out|classifier|score|router|(^|\.)gate)(\.weight)?$"
 
-# Experts stored as [experts, in, out], gate and up interleaved.
-_EXPERTS_IO_FAMILIES = ("gpt_oss",)
+Layouts = Mapping[str, str]  # {regular expression on a module or tensor: "io" or "oi"}
+
+
+class Family(NamedTuple):
+    """How a family of models stores its weights."""
+
+    model_types: tuple[str, ...]  # of config.json; empty: all others
+    inputs_first: str = r"(?!)"  # modules stored as [in, out]; the default matches none
+    has_experts_io: bool = False  # whether experts are stored as [experts, in, out]
+    # Module of the embedding, and of the head that uses the same weight if tied.
+    tied: tuple[str, str] = ("embed_tokens", "lm_head")
+
+
+_CONV1D = r"\.(c_attn|c_proj|c_fc|q_attn)$"  # layers of the class Conv1D
+_OTHERS = Family(())
+FAMILIES = (
+    Family(
+        ("gpt2", "openai-gpt", "imagegpt", "decision_transformer"),
+        inputs_first=_CONV1D,
+        tied=("wte", "lm_head"),
+    ),
+    Family(("gpt_oss",), has_experts_io=True),
+    Family(("gpt_neox",), tied=("embed_in", "embed_out")),
+    Family(("bert", "electra"), tied=("word_embeddings", "cls.predictions.decoder")),
+    Family(("roberta", "xlm-roberta"), tied=("word_embeddings", "lm_head.decoder")),
+    Family(("t5", "mt5", "umt5"), tied=("shared", "lm_head")),
+)
 
 
 class Slice(NamedTuple):
@@ -122,17 +148,16 @@ def find_tensors(
 
 
 def find_module(tensor: str) -> str:
-    """Return the path of the module whose weight a tensor of a file is.
+    """Return the path of the module whose weight, or part of it, a tensor holds.
 
     Args:
-        tensor: its name, of a single matrix.
+        tensor: its name. One of many experts gives the path of the stacked parameter.
     """
     for row in RENAMED:
-        if len(row.tensors) != 1 or "{" in row.tensors[0]:
-            continue
-        match = re.match(_make_pattern(row.tensors[0]), tensor)
-        if match is not None:
-            return _fill_groups(row.module, match.groups())
+        for template in row.tensors:
+            match = re.match(_make_pattern(template), tensor)
+            if match is not None:
+                return _fill_groups(row.module, match.groupdict())
     return tensor.removesuffix(".weight")
 
 
@@ -141,34 +166,64 @@ def is_one_expert(tensor: str) -> bool:
     return re.search(r"\.experts\.\d+\.", tensor) is not None
 
 
+def find_family(model_type: str | None) -> Family:
+    """Return the row of the table for a `model_type` of config.json."""
+    rows = (family for family in FAMILIES if model_type in family.model_types)
+    return next(rows, _OTHERS)
+
+
+def find_layout(module: str, model_type: str | None, layouts: Layouts) -> str | None:
+    """Return "io" or "oi", as a module's matrices are stored; None: not known.
+
+    Args:
+        module: its path.
+        model_type: of config.json; None: unknown.
+        layouts: the user's own rows, which come first.
+    """
+    given = match_layout(module, layouts)
+    if given is not None:
+        return given
+    family = find_family(model_type)
+    is_io = re.search(EMBEDDINGS, module) or re.search(family.inputs_first, module)
+    return "io" if is_io else None
+
+
+def match_layout(module: str, layouts: Layouts) -> str | None:
+    """Return the layout of the user's first row that matches a module, or None."""
+    for pattern, layout in layouts.items():
+        if re.search(pattern, module) or re.search(pattern, f"{module}.weight"):
+            return layout
+    return None
+
+
+def check_layouts(layouts: Layouts | None) -> dict[str, str]:
+    """Return the checked {regular expression: layout}; None: none."""
+    found = dict(layouts or {})
+    for pattern, layout in found.items():
+        check_pattern(pattern, "`layouts`")
+        if layout not in ("io", "oi"):
+            raise ValueError(
+                f"`layouts` must give 'io' or 'oi', got {layout!r} for {pattern!r}. "
+                "Write 'oi' for [outputs, inputs], as PyTorch stores its layers."
+            )
+    return found
+
+
 def _make_pattern(template: str) -> str:
     r"""Return a regular expression for the names of a template with \1 and \2."""
-    text = re.escape(template).replace(r"\\1", "(.*?)").replace(r"\\2", r"(\d+)")
-    return f"^{text}$"
+    text = re.escape(template).replace(r"\\1", "(?P<first>.*?)")
+    text = text.replace(r"\\2", r"(?P<second>\d+)")
+    return f"^{text}$".replace(re.escape("{expert}"), r"\d+")
 
 
-def _fill_groups(pattern: str, values: Sequence[str]) -> str:
+def _fill_groups(pattern: str, groups: Mapping[str, str]) -> str:
     """Return the path that a pattern of `RENAMED` stands for with these groups."""
     path = pattern.strip("^$").replace(r"\.", ".")
-    for value in values:
-        path = re.sub(r"\([^()]*\)", lambda _, value=value: value, path, count=1)
+    for name in ("first", "second"):
+        if name in groups:
+            value = groups[name]
+            path = re.sub(r"\([^()]*\)", lambda _, value=value: value, path, count=1)
     return path
-
-
-def is_conv1d(module: str, model_type: str | None) -> bool:
-    """Return whether a module is stored as [in, out], as GPT-2's layers are."""
-    return model_type in _CONV1D_FAMILIES and _CONV1D.search(module) is not None
-
-
-def is_inputs_first(module: str, model_type: str | None) -> bool:
-    """Return whether a matrix is stored as [in, out]: Conv1D layers and embeddings."""
-    is_embedding = re.search(EMBEDDINGS, module) is not None
-    return is_embedding or is_conv1d(module, model_type)
-
-
-def has_experts_io(model_type: str | None) -> bool:
-    """Return whether a family stores its experts as [experts, in, out]."""
-    return model_type in _EXPERTS_IO_FAMILIES
 
 
 def _list_variants(module: str) -> list[str]:

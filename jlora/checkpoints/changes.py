@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,10 +11,11 @@ import numpy as np
 
 from jlora._types import Float
 from jlora.checkpoints.architectures import (
+    Layouts,
     Slice,
+    find_family,
     find_tensors,
-    has_experts_io,
-    is_conv1d,
+    match_layout,
 )
 from jlora.checkpoints.checkpoint import Checkpoint
 from jlora.checkpoints.peft_reader import PeftAdapter, make_pair
@@ -29,13 +31,14 @@ class Change:
     outputs_first: bool = True  # whether the outputs are the first axis
     addend: np.ndarray | None = None  # added
     rows: tuple[Sequence[int], np.ndarray] | None = None  # replaced
-    value: np.ndarray | None = None  # in its place
+    value: Any = None  # in its place: an array, or a `LazyTensor`
 
 
 def find_changes(
     checkpoint: Checkpoint,
     config: Mapping[str, Any],
     adapters: Sequence[tuple[PeftAdapter, float]],
+    layouts: Layouts,
 ) -> dict[str, Change]:
     """Return {name of a tensor: `Change`} of weighted adapters.
 
@@ -43,6 +46,7 @@ def find_changes(
         checkpoint: the model.
         config: its config.json; empty if it has none.
         adapters: (adapter, weight) each.
+        layouts: the user's own {regular expression: layout}.
 
     Raises:
         ValueError: a module that the checkpoint does not hold, factors of another
@@ -51,35 +55,47 @@ def find_changes(
     changes: dict[str, Change] = {}
     for adapter, weight in adapters:
         for module, factors in adapter.factors.items():
-            _add_factors(changes, checkpoint, config, adapter, module, factors, weight)
+            pieces = _list_pieces(checkpoint, config, adapter, module, factors, layouts)
+            _add_factors(changes, pieces, factors, weight)
         _add_others(changes, checkpoint, adapter, weight)
     return changes
 
 
-def _add_factors(
-    changes: dict[str, Change],
+def _list_pieces(
     checkpoint: Checkpoint,
     config: Mapping[str, Any],
     adapter: PeftAdapter,
     module: str,
     factors: Factors,
-    weight: float,
-) -> None:
-    is_stack = factors.u.ndim == 3
-    num_experts = factors.u.shape[0] if is_stack else None
+    layouts: Layouts,
+) -> list[tuple[Slice, bool]]:
+    """Return [(part of a tensor, whether it is stored as [out, in])] of a module."""
+    num_experts = factors.u.shape[0] if factors.u.ndim == 3 else None
     pieces = find_tensors(module, set(checkpoint), num_experts)
     if pieces is None:
         raise ValueError(
             f"{checkpoint.path}: must hold the weight of {module}, which the adapter "
             "changes, got none. Choose the model that the adapter was trained on."
         )
-
+    found = []
     for piece in pieces:
-        u, v = _take(factors, piece)
-        shape = checkpoint.info(piece.tensor).shape
-        outputs_first = _is_outputs_first(
-            checkpoint, config, adapter, module, shape, (u.shape[-2], v.shape[-1])
+        u, v = take_slice(factors, piece)
+        shape, sizes = checkpoint.info(piece.tensor).shape, (u.shape[-2], v.shape[-1])
+        is_oi = _is_outputs_first(
+            checkpoint, config, adapter, module, shape, sizes, layouts
         )
+        found.append((piece, is_oi))
+    return found
+
+
+def _add_factors(
+    changes: dict[str, Change],
+    pieces: Sequence[tuple[Slice, bool]],
+    factors: Factors,
+    weight: float,
+) -> None:
+    for piece, outputs_first in pieces:
+        u, v = take_slice(factors, piece)
         change = changes.setdefault(piece.tensor, Change([]))
         u = u * u.dtype.type(weight) if weight != 1.0 else u
         pair = make_pair(v.swapaxes(-1, -2), u.swapaxes(-1, -2))
@@ -87,7 +103,7 @@ def _add_factors(
         change.outputs_first = outputs_first
 
 
-def _take(
+def take_slice(
     factors: Factors, piece: Slice
 ) -> tuple[Float[np.ndarray, ...], Float[np.ndarray, ...]]:
     """Return the factors of one expert, and of some of the outputs."""
@@ -108,16 +124,21 @@ def _is_outputs_first(
     module: str,
     shape: tuple[int, ...],
     sizes: tuple[int, int],
+    layouts: Layouts,
 ) -> bool:
     """Return whether a tensor is stored as [out, in]; square ones by their family."""
     num_inputs, num_outputs = sizes
-    fits = shape[-2:] in ((num_inputs, num_outputs), (num_outputs, num_inputs))
+    given = match_layout(module, layouts)
+    allowed = {None: (sizes, sizes[::-1]), "io": (sizes,), "oi": (sizes[::-1],)}[given]
+    fits = shape[-2:] in allowed
     if len(shape) not in (2, 3) or not fits:
         raise ValueError(
             f"{checkpoint.path}: must hold a weight of {num_inputs} inputs and "
             f"{num_outputs} outputs for {module}, got shape {shape}. Choose the model "
             "that the adapter was trained on."
         )
+    if given is not None:
+        return given == "oi"
     if num_inputs != num_outputs:
         return shape[-2:] == (num_outputs, num_inputs)
 
@@ -127,9 +148,10 @@ def _is_outputs_first(
         version = str(adapter.config.get("peft_version", "1")).split(".")
         is_old = version[0] == "0" and len(version) > 1 and version[1].isdigit()
         is_old = is_old and int(version[1]) < 20
-        return not (has_experts_io(model_type) or is_old)
-    is_conv = is_conv1d(module, model_type) or adapter.config.get("fan_in_fan_out")
-    return not (module in adapter.embeddings or is_conv)
+        return not (find_family(model_type).has_experts_io or is_old)
+    is_io = module in adapter.embeddings or adapter.config.get("fan_in_fan_out")
+    family = find_family(model_type)
+    return not (is_io or re.search(family.inputs_first, module))
 
 
 def _add_others(

@@ -2,53 +2,52 @@
 
 from __future__ import annotations
 
-import functools
+import math
 import os
-import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jlora import _checks
-from jlora._numerics import frobenius_norm
 from jlora._progress import Progress
-from jlora._types import Array, PRNGKey
-from jlora.adaptation.paths import fold_path
-from jlora.checkpoints.adapter_files import write_adapter
+from jlora._types import PRNGKey
+from jlora.checkpoints.adapter_files import write_job_adapter
 from jlora.checkpoints.adapter_ranks import (
     AdapterReport,
-    RankWish,
     check_wish,
-    choose_ranks,
-    report_module,
+    plan_report,
 )
-from jlora.checkpoints.architectures import find_module, is_inputs_first, is_one_expert
+from jlora.checkpoints.architectures import Layouts, check_layouts
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from jlora.checkpoints.differences import (
+    Operands,
+    check_window_memory,
+    fill_store,
+)
+from jlora.checkpoints.factor_store import (
+    choose_module_ranks,
+    make_factor_reader,
+    plan_stored_adapter,
+    read_spectra,
+)
 from jlora.checkpoints.folders import read_model_config
-from jlora.checkpoints.output_folder import check_target
-from jlora.checkpoints.peft import format_adapter
-from jlora.checkpoints.peft_keys import PREFIX
-from jlora.checkpoints.peft_reader import make_pair
-from jlora.factorization.svd import randomized_svd
-from jlora.factors import SVD, Factors, split_svd
-from jlora.reconstruction.dense import reconstruct
+from jlora.checkpoints.lazy_tensors import LazyTensor
+from jlora.checkpoints.memory import check_max_memory
+from jlora.checkpoints.modules import (
+    FLOATS,
+    StoredModule,
+    is_target,
+    list_matrices,
+    list_modules,
+)
+from jlora.checkpoints.output_folder import identify, open_output
+from jlora.checkpoints.window_store import WORK, WindowStore
 
 Path = str | os.PathLike[str]
 
-# Enough to keep more energy than torch.svd_lowrank with niter=4, in half of its time.
-_NUM_PASSES = 10
-
-
-class _Found(NamedTuple):
-    """The leading part of one change."""
-
-    svd: SVD  # NumPy arrays
-    shape: tuple[int, int]  # (inputs, outputs)
-    rest: float  # Frobenius norm of what is beyond these triplets
+_BLOCK = 2**22  # elements that are compared at once
 
 
 def extract_checkpoint(
@@ -62,14 +61,19 @@ def extract_checkpoint(
     max_rank: int = 256,
     targets: str = ".*",
     modules_to_save: str | None = None,
+    layouts: Layouts | None = None,
     portable: bool = True,
     key: PRNGKey,
+    max_memory: int | None = None,
     progress: bool | None = None,
+    dry_run: bool = False,
 ) -> AdapterReport:
     """Write the difference of two checkpoints as a PEFT adapter, and return a report.
 
     Each matrix of the difference is subtracted in float32 and truncated to its leading
-    singular triplets. One matrix of each checkpoint is in memory at a time.
+    singular triplets. Blocks of the checkpoints and one difference are in memory at a
+    time. The folder appears when it is whole; a run that was interrupted goes on where
+    it was.
 
     Args:
         base: checkpoint before fine-tuning, see `open_checkpoint`.
@@ -82,8 +86,15 @@ def extract_checkpoint(
         targets: regular expression, searched in the names of the matrices.
         modules_to_save: regular expression, searched in the names of what is no matrix
             or no target: if it changed, it is stored whole. None: nothing is.
+        layouts: {regular expression on a module or tensor: "io" or "oi"} for models
+            that jlora does not know; the first one that matches decides. None: the
+            table of jlora, and "oi", PyTorch's [outputs, inputs], for all others.
         portable: as in `save_peft`.
         key: one typed PRNG key, consumed; folded with each name.
+        max_memory: bytes of the process, with about 320 MiB for JAX itself. None: no
+            limit.
+        dry_run: only check, and return the largest ranks that there may be, with NaN
+            for what is not known.
         progress: None: a bar on a terminal, plain lines elsewhere. False: neither.
 
     Returns:
@@ -93,7 +104,8 @@ def extract_checkpoint(
     Raises:
         OSError: a file cannot be read or written.
         ValueError: not exactly one of rank, energy and budget, damaged files, NaN or
-            Inf, nothing that differs.
+            Inf, nothing that differs, a matrix that does not fit in `max_memory`, an
+            output that exists or has no room.
 
     Cost: one `randomized_svd` of each matrix.
 
@@ -116,141 +128,125 @@ def extract_checkpoint(
     wish = check_wish(rank, energy, budget)
     _checks.check_key(key)
     max_rank = wish.rank or _checks.check_integer(max_rank, "max_rank")
+    max_memory = check_max_memory(max_memory)
+    layouts = check_layouts(layouts)
+
+    # Find out everything before the first byte is written.
     old, new = open_checkpoint(base), open_checkpoint(tuned)
-    folder = pathlib.Path(output).absolute()
-    check_target(folder, [old.path, new.path])
     config = read_model_config(new.path) or read_model_config(old.path)
+    modules, rests = _compare(old, new, config, layouts, targets)
+    saved, skipped = _list_others(old, new, rests, modules_to_save)
+    check_window_memory(modules, max_rank, max_memory)
+    if dry_run:
+        limits = {module.path: min(module.shape) for module in modules}
+        sizes = {path: (limit, limit) for path, limit in limits.items()}
+        return plan_report(sizes, max_rank, skipped)
 
-    found: dict[str, _Found] = {}
-    saved: dict[str, np.ndarray] = {}
-    skipped = [(name, "is in the base only") for name in old if name not in new]
-    bar = Progress("extract", len(new), enabled=progress, unit="tensors")
-    waiting = 0
-    try:
-        for name in new:
-            reason = _why_not(old, new, name, targets)
-            if reason is None:
-                change = _decompose(old, new, name, config, max_rank, key)
-                if change is not None:
-                    found[find_module(name)] = change
-            elif modules_to_save is not None and re.search(modules_to_save, name):
-                if _differs(old, new, name):
-                    saved[name] = new[name]
-            elif _differs(old, new, name):
-                skipped.append((name, reason))
-            waiting += 1
-            if bar.is_due(waiting):
-                bar.advance(waiting, name)
-                waiting = 0
-        bar.advance(waiting, "")
-    finally:
-        bar.close()
-    if not found and not saved:
-        raise ValueError(
-            f"{new.path}: must differ from {old.path} in a matrix that `targets` "
-            "matches, got no difference. Check the two paths."
-        )
+    job = {
+        "job": "extract",
+        "inputs": [identify(path) for path in (*old.files, *new.files)],
+        "wish": [*wish, max_rank],
+        "patterns": [targets, modules_to_save, layouts],
+        "portable": portable,
+        "key": jax.random.key_data(key).tolist(),
+    }
+    refs = list_matrices(modules)
+    num_bytes = sum(4 * max_rank * sum(ref.module.shape) for ref in refs)
+    num_bytes = 2 * num_bytes + sum(array.nbytes for array in saved.values())
+    inputs = [old.path, new.path]
+    with open_output(output, inputs=inputs, num_bytes=num_bytes, job=job) as folder:
+        store = WindowStore(folder, refs, max_rank, "svd")
+        with Progress("extract", len(refs), enabled=progress, unit="matrices") as bar:
+            fill_store(store, Operands(new, old), max_rank, key, max_memory, bar)
 
-    factors, report = _cut(found, wish)
-    if factors:
-        tensors, content = format_adapter(factors, portable=portable)
-    else:
+        spectra = read_spectra(store, modules)
+        ranks, report = choose_module_ranks(spectra, modules, wish, {})
+        if not ranks:
+            _refuse_no_factors(old, new, bool(report.skipped))
+        layout = plan_stored_adapter(modules, ranks, portable=portable)
+        read_factors = make_factor_reader(store, modules, ranks)
+        write_job_adapter(folder, layout, read_factors, saved=saved)
+        folder.drop(WORK)
+    return report._replace(skipped=(*report.skipped, *skipped))
+
+
+def _refuse_no_factors(old: Checkpoint, new: Checkpoint, has_change: bool) -> NoReturn:
+    if has_change:
         raise ValueError(
             f"{new.path}: must differ in a matrix of a rank above 0, got none. "
             "Raise the budget."
         )
-    tensors |= {f"{PREFIX}{name}": array for name, array in saved.items()}
-    if saved:
-        names = sorted({name.rpartition(".")[0] for name in saved})
-        content["modules_to_save"] = names
-    write_adapter(folder, tensors, content)
-    return report._replace(skipped=(*report.skipped, *skipped))
+    raise ValueError(
+        f"{new.path}: must differ from {old.path} in a matrix that `targets` "
+        "matches, got no difference. Check the two paths."
+    )
 
 
-def _why_not(old: Checkpoint, new: Checkpoint, name: str, targets: str) -> str | None:
-    """Return why a tensor has no factors, or None if it can have some."""
+def _compare(
+    old: Checkpoint,
+    new: Checkpoint,
+    config: Mapping[str, Any],
+    layouts: Layouts,
+    targets: str,
+) -> tuple[list[StoredModule], dict[str, str]]:
+    """Return the modules of both that are targets, and {tensor: why it is in none}."""
+    modules, reasons = list_modules(new, config, layouts)
+    found = []
+    for module in modules:
+        names = [piece.tensor for piece in module.pieces]
+        reason = next(filter(None, (_why_not(old, new, name) for name in names)), None)
+        if reason is None and not is_target(module, targets):
+            reason = "is no target"
+        if reason is None:
+            found.append(module)
+        else:
+            reasons |= dict.fromkeys(names, reason)
+    absent = {name: _why_not(old, new, name) for name in reasons}
+    return found, reasons | {name: why for name, why in absent.items() if why}
+
+
+def _why_not(old: Checkpoint, new: Checkpoint, name: str) -> str | None:
+    """Return why two tensors cannot be subtracted, or None if they can."""
     if name not in old:
         return "is in the tuned checkpoint only"
     one, other = old.info(name), new.info(name)
     if one.shape != other.shape:
         return f"has the shape {one.shape} in the base and {other.shape} after it"
-    if is_one_expert(name):
-        return "is one of many experts, which PEFT adapts as a stack"
-    if not (_is_floating(one.dtype) and _is_floating(other.dtype)):
+    if one.dtype != other.dtype and not {one.dtype, other.dtype} <= {*FLOATS}:
         return f"has the dtypes {one.dtype} and {other.dtype}"
-    if len(one.shape) != 2 or 0 in one.shape:
-        return f"has the shape {one.shape}, which is no matrix"
-    return None if re.search(targets, name) else "is no target"
+    return None
 
 
-def _is_floating(dtype: str) -> bool:
-    return dtype in ("float16", "bfloat16", "float32", "float64")
+def _list_others(
+    old: Checkpoint,
+    new: Checkpoint,
+    reasons: Mapping[str, str],
+    modules_to_save: str | None,
+) -> tuple[dict[str, LazyTensor], list[tuple[str, str]]]:
+    """Return what to store whole, and (name, reason) of what is left out.
+
+    Only tensors that differ are in either of them.
+    """
+    saved = {}
+    skipped = [(name, "is in the base only") for name in old if name not in new]
+    for name, reason in reasons.items():
+        if not _differs(old, new, name):
+            continue
+        if modules_to_save is not None and re.search(modules_to_save, name):
+            saved[name] = LazyTensor(new, name)
+        else:
+            skipped.append((name, reason))
+    return saved, skipped
 
 
 def _differs(old: Checkpoint, new: Checkpoint, name: str) -> bool:
     if name not in old or old.info(name)[:2] != new.info(name)[:2]:
         return True
-    return old[name].tobytes() != new[name].tobytes()
-
-
-def _decompose(
-    old: Checkpoint,
-    new: Checkpoint,
-    name: str,
-    config: Mapping[str, Any],
-    max_rank: int,
-    key: PRNGKey,
-) -> _Found | None:
-    """Return the leading triplets of one change, or None if there is none."""
-    w, w_old = new[name], old[name]
-    count = min(max_rank, *w.shape)
-    svd, rest, is_finite = jax.device_get(
-        _decompose_difference(w, w_old, fold_path(key, name), count)
+    shape = old.info(name).shape
+    num_rows = shape[0] if shape else 1
+    step = max(1, _BLOCK // max(math.prod(shape[1:]), 1))
+    return any(
+        old.read_rows(name, start, start + step).tobytes()
+        != new.read_rows(name, start, start + step).tobytes()
+        for start in range(0, num_rows, step)
     )
-    if not is_finite:
-        raise ValueError(
-            f"{new.path}: must be finite, got NaN or Inf in the change of {name}. "
-            "Train it again."
-        )
-    if not svd.s.any() and rest == 0:
-        return None
-
-    # From inputs to outputs: the factors of the transpose are these, exchanged.
-    module, model_type = find_module(name), config.get("model_type")
-    if not is_inputs_first(module, model_type):
-        svd = SVD(svd.vt.T, svd.s, svd.u.T)
-    return _Found(svd, (svd.u.shape[0], svd.vt.shape[1]), float(rest))
-
-
-@functools.partial(jax.jit, static_argnames="rank")
-def _decompose_difference(
-    new: Array, old: Array, key: PRNGKey, rank: int
-) -> tuple[SVD, Array, Array]:
-    """Return the leading triplets of new - old, the norm of the rest, and "finite"."""
-    delta = new.astype(jnp.float32) - old.astype(jnp.float32)
-    svd = randomized_svd(delta, rank, key=key, num_passes=_NUM_PASSES)
-    residual = reconstruct(split_svd(svd, "both"), delta, scale=-1.0)
-    return svd, frobenius_norm(residual), jnp.isfinite(delta).all()
-
-
-def _cut(
-    found: Mapping[str, _Found], wish: RankWish
-) -> tuple[dict[str, Factors], AdapterReport]:
-    """Return the factors of the ranks of a wish, and the report of them."""
-    spectra = {
-        module: np.asarray(part.svd.s, np.float64) for module, part in found.items()
-    }
-    shapes = {module: part.shape for module, part in found.items()}
-    rests = {module: part.rest for module, part in found.items()}
-    ranks = choose_ranks(wish, spectra, shapes, rests)
-
-    factors, rows, skipped = {}, [], []
-    for module, (svd, shape, rest) in found.items():
-        rank = ranks[module]
-        if rank == 0:
-            skipped.append((module, "gets rank 0"))
-            continue
-        thin = SVD(svd.u[:, :rank], svd.s[:rank], svd.vt[:rank])
-        factors[module] = make_pair(*map(np.asarray, split_svd(thin, "both")))
-        rows.append(report_module(module, spectra[module], rest, min(shape), rank))
-    return factors, AdapterReport(tuple(rows), tuple(skipped))

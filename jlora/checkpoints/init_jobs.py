@@ -2,55 +2,52 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import pathlib
 import re
-import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
-import numpy as np
 
 from jlora import _checks
 from jlora._progress import Progress
 from jlora._types import PRNGKey
-from jlora.adaptation.batching import adapt
-from jlora.adaptation.plan import make_plan
-from jlora.adaptation.rank_rules import RankRule
-from jlora.adaptation.rule import Rule
-from jlora.checkpoints.adapter_ranks import AdapterReport, RankWish, check_wish
-from jlora.checkpoints.architectures import (
-    EMBEDDINGS,
-    find_module,
-    is_inputs_first,
-    is_one_expert,
+from jlora.checkpoints.adapter_files import write_job_adapter
+from jlora.checkpoints.adapter_ranks import (
+    AdapterReport,
+    RankWish,
+    check_wish,
+    plan_report,
 )
+from jlora.checkpoints.architectures import Layouts, check_layouts
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from jlora.checkpoints.folders import find_side_files, read_model_config
-from jlora.checkpoints.init_report import report_adapted
-from jlora.checkpoints.json_files import write_json
-from jlora.checkpoints.output_folder import (
-    OutputFolder,
-    copy_file,
-    copy_range,
-    identify,
-    open_output,
-    write_array,
+from jlora.checkpoints.differences import Operands, check_window_memory, fill_store
+from jlora.checkpoints.factor_store import (
+    choose_module_ranks,
+    plan_stored_adapter,
+    read_spectra,
 )
-from jlora.checkpoints.peft import format_adapter
-from jlora.checkpoints.peft_config import CONFIG_NAME, MODEL_NAME
-from jlora.checkpoints.peft_reader import make_pair
-from jlora.checkpoints.safetensors import format_header, write_safetensors
-from jlora.factors import Factors
+from jlora.checkpoints.folders import read_model_config
+from jlora.checkpoints.initial_bases import has_moved, write_bases
+from jlora.checkpoints.initial_factors import (
+    check_method,
+    check_stacks,
+    fill_initial_factors,
+    make_initial_reader,
+    report_initial_factors,
+)
+from jlora.checkpoints.memory import check_max_memory
+from jlora.checkpoints.modules import (
+    StoredModule,
+    is_target,
+    list_matrices,
+    list_modules,
+)
+from jlora.checkpoints.output_folder import OutputFolder, identify, open_output
+from jlora.checkpoints.window_store import WORK, WindowStore
 from jlora.initializers.base import Initializer
-from jlora.initializers.lookup import as_initializer
 
 Path = str | os.PathLike[str]
-
-# Matrices that are seldom adapted: embeddings, heads, routers.
-_NOT_TARGETS = r"(lm_head|embed_out|classifier|score|router|(^|\.)gate)\.weight$"
 
 
 def initialize_checkpoint(
@@ -60,40 +57,58 @@ def initialize_checkpoint(
     method: str | Initializer | Callable = "pissa",
     rank: int | None = None,
     energy: float | None = None,
+    budget: int | None = None,
+    max_rank: int = 256,
     targets: str | None = None,
+    layouts: Layouts | None = None,
     portable: bool = True,
     key: PRNGKey,
+    max_memory: int | None = None,
     progress: bool | None = None,
+    dry_run: bool = False,
 ) -> AdapterReport:
     """Write the first factors of a model as an adapter, and its base if that moves.
 
     `output/adapter/` is a folder of PEFT. If the method moves the base (PiSSA, MiLoRA,
     OLoRA, ...), `output/base/` is a checkpoint like the input, whose weights and deltas
-    add up to the input: train the adapter on it. One matrix is in memory at a time. A
-    run that was interrupted goes on with the next file.
+    add up to the input: train the adapter on it. A few matrices are in memory at a
+    time. A run that was interrupted goes on where it was.
 
     Args:
         checkpoint: see `open_checkpoint`.
         output: folder to write; it must not exist.
         method: the initializer, as in `Rule`; one that needs no data.
-        rank: of every module, or its largest if that is less. None: by energy.
+        rank: of every module, or its largest if that is less. None: not by rank.
         energy: part of the squared norm of each weight that its rank has to keep. None:
-            by rank.
-        targets: regular expression, searched in the names of the matrices. None: all
-            matrices but embeddings, heads and routers.
+            not by energy.
+        budget: numbers in all the factors; ranks go where they keep most of the
+            weights. None: not by budget.
+        max_rank: static, largest rank that `energy` and `budget` may give.
+        targets: regular expression, searched in the names of modules and tensors. None:
+            all matrices but embeddings, heads and routers.
+        layouts: {regular expression on a module or tensor: "io" or "oi"} for models
+            that jlora does not know; the first one that matches decides. None: the
+            table of jlora, and "oi", PyTorch's [outputs, inputs], for all others.
         portable: as in `save_peft`.
         key: one typed PRNG key, consumed; folded with each name.
+        max_memory: bytes of the process, with about 320 MiB for JAX itself. None: no
+            limit.
         progress: None: a bar on a terminal, plain lines elsewhere. False: neither.
+        dry_run: only check, and return the largest ranks that there may be, with NaN
+            for what is not known.
 
     Returns:
         `AdapterReport`; the energy is the part of the weight that the delta holds.
+        Matrices that are targets and have no factors are listed in `skipped`.
 
     Raises:
         OSError: a file cannot be read or written.
-        ValueError: not exactly one of rank and energy, a method that needs data,
-            damaged files, NaN or Inf, no matrix that `targets` matches.
+        ValueError: not exactly one of rank, energy and budget, a method that needs data
+            or has no base, damaged files, NaN or Inf, no matrix that `targets` matches,
+            one that does not fit in `max_memory`, an output that exists or has no room.
 
-    Cost: as `adapt`, and a copy of the files.
+    Cost: as `adapt`, and a copy of the files; with `energy` and `budget` one
+        `randomized_svd` of each weight more.
 
     Accuracy: base and delta add up to the weight with one rounding to its dtype.
 
@@ -110,155 +125,134 @@ def initialize_checkpoint(
         (4, 2)
         >>> folder.cleanup()
     """
-    wish = check_wish(rank, energy, None)
+    wish = check_wish(rank, energy, budget)
     _checks.check_key(key)
-    initializer = as_initializer(method)
-    if initializer.data_meaning is not None and initializer.is_data_required:
-        raise ValueError(
-            f"`method` must need no data, got {initializer.label!r}, which needs "
-            f"{initializer.data_meaning}. Use jlora.adapt."
-        )
+    max_rank = wish.rank or _checks.check_integer(max_rank, "max_rank")
+    max_memory = check_max_memory(max_memory)
+    initializer = check_method(method)
 
+    # Find out everything before the first byte is written.
     source = open_checkpoint(checkpoint)
-    is_folder = source.path.is_dir()
-    config = read_model_config(source.path)
-    names = [name for name in source if _is_target(source, name, targets)]
-    if not names:
-        raise ValueError(
-            f"{source.path}: must hold a matrix that `targets` matches, got none. "
-            "List the names with `jlora show`."
-        )
+    modules, skipped = _list_targets(source, check_layouts(layouts), targets)
+    check_stacks(initializer, modules)
+    check_window_memory(modules, max_rank, max_memory)
+    if dry_run:
+        sizes = {
+            module.path: (min(module.shape), initializer.max_rank(*module.shape))
+            for module in modules
+        }
+        return plan_report(sizes, max_rank, skipped)
 
     job = {
         "job": "init",
         "inputs": [identify(path) for path in source.files],
         "method": initializer.label,
-        "wish": list(wish),
-        "targets": targets,
+        "wish": [*wish, max_rank],
+        "patterns": [targets, layouts],
         "portable": portable,
         "key": jax.random.key_data(key).tolist(),
     }
-    run = _Run(source, config, initializer, wish, set(names), key)
-    bar = Progress("init", len(source.files), enabled=progress, unit="files")
-    with open_output(
-        output, inputs=[source.path], num_bytes=2 * source.num_bytes, job=job
-    ) as folder:
-        try:
-            for path in source.files:
-                name = path.name if is_folder else "model.safetensors"
-                run.write_file(folder, path, name)
-                bar.advance(1, name)
-        finally:
-            bar.close()
-        return _finish(folder, run, is_folder, portable)
+    moves = has_moved(initializer, modules)
+    num_bytes = (
+        8 * max_rank * sum(sum(ref.module.shape) for ref in list_matrices(modules))
+    )
+    num_bytes += source.num_bytes if moves else 0
+    inputs = [source.path]
+    with open_output(output, inputs=inputs, num_bytes=num_bytes, job=job) as folder:
+        run = _Run(folder, source, modules, initializer, key, max_memory, progress)
+        ranks = run.choose_ranks(wish, max_rank)
+        store = run.fill(ranks)
+        layout = plan_stored_adapter(modules, ranks, portable=portable)
+        read = make_initial_reader(store, modules)
+        write_job_adapter(folder, layout, read, prefix="adapter/")
+        if moves:
+            write_bases(folder, source, modules, initializer, store, progress)
+        report = report_initial_factors(store, modules, ranks)
+        folder.drop(WORK)
+    return report._replace(skipped=tuple(skipped))
 
 
 class _Run:
-    """The files of one run: each new base, and the factors that belong to it."""
+    """The steps of one run that decompose the weights."""
 
     def __init__(
         self,
+        folder: OutputFolder,
         source: Checkpoint,
-        config: Mapping[str, Any],
+        modules: list[StoredModule],
         initializer: Initializer,
-        wish: RankWish,
-        names: set[str],
         key: PRNGKey,
+        max_memory: int | None,
+        progress: bool | None,
     ) -> None:
-        self.source = source
-        self._config = config
+        self._folder = folder
+        self._source = source
+        self._modules = modules
+        self._refs = list_matrices(modules)
         self._initializer = initializer
-        self._wish = wish
-        self._names = names
         self._key = key
-        self._factors: dict[str, np.ndarray] = {}
-        self.files: list[str] = []
+        self._max_memory = max_memory
+        self._progress = progress
 
-    def write_file(self, folder: OutputFolder, path: pathlib.Path, name: str) -> None:
-        """Write a file of the base, and `name` of its factors beside it."""
-        self._factors = {}
-        base, factors = f"base/{name}", f"factors/{name}"
-        self.files.append(factors)
-        if folder.has(base) and folder.has(factors):
-            return
-        folder.write(base, functools.partial(self._write_base, path), again=True)
-        folder.write(factors, lambda file: write_safetensors(file, self._factors))
+    def choose_ranks(self, wish: RankWish, max_rank: int) -> dict[str, int]:
+        """Return the rank of each module."""
+        limits = {
+            module.path: self._initializer.max_rank(*module.shape)
+            for module in self._modules
+        }
+        if wish.rank is not None:
+            return {path: min(wish.rank, limit) for path, limit in limits.items()}
 
-    def _write_base(self, path: pathlib.Path, file: BinaryIO) -> None:
-        names = [name for name in self.source if self.source.info(name).file == path]
-        places = {name: self.source.locate(name) for name in names}
-        file.write(
-            format_header(
-                [
-                    (name, place.dtype, place.shape, place.num_bytes)
-                    for name, place in places.items()
-                ]
+        store = WindowStore(self._folder, self._refs, max_rank, "svd")
+        with self._show("spectra") as bar:
+            fill_store(
+                store,
+                Operands(self._source, None),
+                max_rank,
+                self._key,
+                self._max_memory,
+                bar,
             )
+        spectra = read_spectra(store, self._modules)
+        ranks, _ = choose_module_ranks(spectra, self._modules, wish, {})
+        return {path: min(rank, limits[path]) for path, rank in ranks.items()}
+
+    def fill(self, ranks: Mapping[str, int]) -> WindowStore:
+        """Return the first factors of all modules with a rank, on disk."""
+        refs = [ref for ref in self._refs if ref.module.path in ranks]
+        store = WindowStore(self._folder, refs, max(ranks.values()), "factors")
+        with self._show("init") as bar:
+            fill_initial_factors(
+                store,
+                self._source,
+                self._initializer,
+                ranks,
+                self._key,
+                self._max_memory,
+                bar,
+            )
+        return store
+
+    def _show(self, description: str) -> Progress:
+        total = len(self._refs)
+        return Progress(description, total, enabled=self._progress, unit="matrices")
+
+
+def _list_targets(
+    source: Checkpoint, layouts: Mapping[str, str], targets: str | None
+) -> tuple[list[StoredModule], list[tuple[str, str]]]:
+    """Return the modules to adapt, and (tensor, reason) of targets that have none."""
+    config: Mapping[str, Any] = read_model_config(source.path)
+    modules, reasons = list_modules(source, config, layouts)
+    chosen = [module for module in modules if is_target(module, targets)]
+    if not chosen:
+        raise ValueError(
+            f"{source.path}: must hold a matrix that `targets` matches, got none. "
+            "List the names with `jlora show`."
         )
-        with open(path, "rb") as old:
-            for name, place in places.items():
-                if name in self._names:
-                    write_array(file, self._adapt(name))
-                else:
-                    copy_range(old.fileno(), file, place.start, place.num_bytes)
-
-    def _adapt(self, name: str) -> np.ndarray:
-        """Return the base of one weight, and keep its factors."""
-        w = self.source[name]
-        module = find_module(name)
-        is_io = is_inputs_first(module, self._config.get("model_type"))
-        rank: int | RankRule = RankRule("energy", energy=self._wish.energy or 0.9)
-        if self._wish.rank is not None:
-            rank = min(self._wish.rank, self._initializer.max_rank(*w.shape))
-        rule = Rule("^w$", rank, init=self._initializer, layout="io" if is_io else "oi")
-        tree = {"w": w}
-        with jax.enable_x64(w.dtype == np.float64):
-            plan = make_plan(tree, rule, key=self._key)
-            key = jax.random.fold_in(self._key, _hash_name(name))
-            adapted = adapt(tree, plan, key=key, progress=False)["w"]
-            u, v = (np.asarray(part) for part in adapted.factors)
-        self._factors |= {f"{module}.u": u, f"{module}.v": v}
-        return np.asarray(adapted.base)
-
-
-def _finish(
-    folder: OutputFolder, run: _Run, is_folder: bool, portable: bool
-) -> AdapterReport:
-    """Write the adapter and the side files, and drop what only the run needed."""
-    factors: dict[str, Factors] = {}
-    for name in run.files:
-        arrays = open_checkpoint(folder.path / name)
-        for module in sorted({tensor.rpartition(".")[0] for tensor in arrays}):
-            factors[module] = make_pair(arrays[f"{module}.u"], arrays[f"{module}.v"])
-
-    tensors, content = format_adapter(factors, portable=portable)
-    folder.write(
-        f"adapter/{MODEL_NAME}",
-        lambda file: write_safetensors(file, tensors),
-    )
-    folder.write(f"adapter/{CONFIG_NAME}", lambda file: write_json(file, content))
-
-    report, has_moved = report_adapted(run.source, folder.path / "base", factors)
-    if has_moved and is_folder:
-        for path in find_side_files(run.source.path):
-            folder.write(f"base/{path.name}", functools.partial(copy_file, path))
-    if not has_moved:
-        folder.drop("base")
-    folder.drop("factors")
-    return report
-
-
-def _is_target(source: Checkpoint, name: str, targets: str | None) -> bool:
-    info = source.info(name)
-    is_float = info.dtype in ("float16", "bfloat16", "float32", "float64")
-    if len(info.shape) != 2 or 0 in info.shape or not is_float or is_one_expert(name):
-        return False
-    if targets is not None:
-        return re.search(targets, name) is not None
-    is_embedding = re.search(EMBEDDINGS, find_module(name)) is not None
-    return not is_embedding and re.search(_NOT_TARGETS, name) is None
-
-
-def _hash_name(name: str) -> int:
-    """Return 32 bits of a name, the same in every process."""
-    return zlib.crc32(name.encode())
+    skipped = [
+        (name, reason)
+        for name, reason in reasons.items()
+        if "expert" in reason or (targets is not None and re.search(targets, name))
+    ]
+    return chosen, skipped

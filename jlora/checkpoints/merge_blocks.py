@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
 
 from jlora import _checks
 from jlora._types import PRNGKey
+from jlora.adaptation.paths import fold_path
 from jlora.checkpoints.changes import Change
 from jlora.checkpoints.checkpoint import Checkpoint
 from jlora.checkpoints.merge_plan import OutputTensor
+from jlora.checkpoints.output_folder import copy_range, write_array
 from jlora.checkpoints.peft_reader import make_pair
-from jlora.checkpoints.safetensors import find_dtype
+from jlora.checkpoints.safetensors import find_dtype, format_header
 from jlora.factors import Factors
 from jlora.reconstruction.dense import reconstruct
 
@@ -22,7 +25,40 @@ from jlora.reconstruction.dense import reconstruct
 _BLOCK = 2**22
 
 
-def merge_tensor(
+def write_tensors(
+    checkpoint: Checkpoint,
+    path: pathlib.Path,
+    plan: Sequence[OutputTensor],
+    file: BinaryIO,
+    *,
+    rounding: str = "nearest",
+    key: PRNGKey | None = None,
+) -> None:
+    """Write one safetensors file: the header, then each tensor in its place.
+
+    Args:
+        checkpoint: of the inputs.
+        path: its file that holds the tensors.
+        plan: the tensors, in the order of their data.
+        file: open for writing.
+        rounding: of the sums, see `reconstruct`.
+        key: for "stochastic", folded with the name of each tensor.
+    """
+    entries = [(t.name, t.dtype, t.shape, t.num_bytes) for t in plan]
+    file.write(format_header(entries))
+    with open(path, "rb") as source:
+        for tensor in plan:
+            if tensor.change is None:
+                assert tensor.source is not None
+                place = checkpoint.locate(tensor.source)
+                copy_range(source.fileno(), file, place.start, place.num_bytes)
+                continue
+            own_key = None if key is None else fold_path(key, tensor.name)
+            for block in _merge_tensor(checkpoint, tensor, rounding, own_key):
+                write_array(file, block)
+
+
+def _merge_tensor(
     checkpoint: Checkpoint, tensor: OutputTensor, rounding: Any, key: PRNGKey | None
 ) -> Iterator[np.ndarray]:
     """Yield the rows of a changed tensor, block by block."""

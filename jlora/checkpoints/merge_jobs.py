@@ -6,7 +6,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +14,21 @@ import jax.numpy as jnp
 from jlora import _checks
 from jlora._progress import Progress
 from jlora._types import PRNGKey
-from jlora.adaptation.paths import fold_path
+from jlora.checkpoints.architectures import Layouts, check_layouts
 from jlora.checkpoints.changes import find_changes
-from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.checkpoints.folders import find_side_files, read_model_config
-from jlora.checkpoints.merge_blocks import merge_tensor
+from jlora.checkpoints.merge_blocks import write_tensors
 from jlora.checkpoints.merge_plan import (
-    OutputTensor,
     list_inputs,
     make_side_file,
     plan_files,
 )
 from jlora.checkpoints.output_folder import (
-    copy_range,
     identify,
     open_output,
-    write_array,
 )
 from jlora.checkpoints.peft_reader import read_peft
-from jlora.checkpoints.safetensors import format_header
 from jlora.checkpoints.tied import untie
 from jlora.reconstruction.rounding import check_rounding
 
@@ -61,6 +57,8 @@ def merge_checkpoint(
     *,
     rounding: Literal["nearest", "stochastic"] = "nearest",
     key: PRNGKey | None = None,
+    layouts: Layouts | None = None,
+    max_memory: int | None = None,
     progress: bool | None = None,
     dry_run: bool = False,
 ) -> MergeReport:
@@ -82,6 +80,10 @@ def merge_checkpoint(
         output: folder to write; it must not exist.
         rounding: static, how sums become bfloat16 or float16, see `reconstruct`.
         key: one typed PRNG key for "stochastic", consumed. None for "nearest".
+        layouts: {regular expression on a module or tensor: "io" or "oi"} for square
+            matrices of models that jlora does not know. None: the table of jlora.
+        max_memory: bytes of the process, with about 320 MiB for JAX itself. None: no
+            limit.
         progress: None: a bar on a terminal, plain lines elsewhere. False: neither.
         dry_run: only check, and return what would be done.
 
@@ -125,7 +127,7 @@ def merge_checkpoint(
     config = read_model_config(checkpoint.path)
     weighted = _list_adapters(adapters)
     loaded = [(read_peft(path), weight) for path, weight in weighted]
-    changes = find_changes(checkpoint, config, loaded)
+    changes = find_changes(checkpoint, config, loaded, check_layouts(layouts))
     untied = untie(changes, checkpoint, config)
     files = plan_files(checkpoint, changes, untied)
 
@@ -149,13 +151,15 @@ def merge_checkpoint(
         "key": None if key is None else jax.random.key_data(key).tolist(),
     }
     total = report.num_bytes + sum(path.stat().st_size for path in sides)
-    write = functools.partial(_write_file, checkpoint, rounding, key)
     with open_output(output, inputs=inputs, num_bytes=total, job=job) as folder:
         bar = Progress("merge", report.num_bytes, enabled=progress, unit="bytes")
         try:
             for path, plan in files.items():
                 name = path.name if is_folder else "model.safetensors"
-                folder.write(name, functools.partial(write, path, plan))
+                write = functools.partial(
+                    write_tensors, checkpoint, path, plan, rounding=rounding, key=key
+                )
+                folder.write(name, write)
                 bar.advance(sum(tensor.num_bytes for tensor in plan), name)
         finally:
             bar.close()
@@ -166,29 +170,6 @@ def merge_checkpoint(
             )
             folder.write(path.name, content)
     return report
-
-
-def _write_file(
-    checkpoint: Checkpoint,
-    rounding: str,
-    key: PRNGKey | None,
-    path: pathlib.Path,
-    plan: Sequence[OutputTensor],
-    file: BinaryIO,
-) -> None:
-    """Write one safetensors file: the header, then each tensor in its place."""
-    entries = [(t.name, t.dtype, t.shape, t.num_bytes) for t in plan]
-    file.write(format_header(entries))
-    with open(path, "rb") as source:
-        for tensor in plan:
-            if tensor.change is None:
-                assert tensor.source is not None
-                place = checkpoint.locate(tensor.source)
-                copy_range(source.fileno(), file, place.start, place.num_bytes)
-                continue
-            own_key = None if key is None else fold_path(key, tensor.name)
-            for block in merge_tensor(checkpoint, tensor, rounding, own_key):
-                write_array(file, block)
 
 
 def _list_adapters(

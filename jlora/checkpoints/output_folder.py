@@ -84,8 +84,9 @@ def open_output(
 ) -> Iterator[OutputFolder]:
     """Yield a folder that is renamed to `target` if the block succeeds.
 
-    It lies beside `target` as `.NAME.partial`, and stays there if the block fails, so
-    that the same job goes on from the files that are whole.
+    It lies beside `target` as `.NAME.partial`, and stays there if the block is
+    interrupted or the disk is full, so that the same job goes on from the files that
+    are whole. After a ValueError it is removed.
 
     Args:
         target: the folder to make; it must not exist.
@@ -117,7 +118,11 @@ def open_output(
             ) from None
         folder = OutputFolder(partial, job)
         _check_space(target, partial, num_bytes)
-        yield folder
+        try:
+            yield folder
+        except ValueError:  # of the inputs: going on would not help
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         _finish(partial, target)
 
 

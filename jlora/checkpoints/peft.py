@@ -13,10 +13,12 @@ import numpy as np
 
 from jlora import _checks
 from jlora.checkpoints.adapter_files import write_adapter
+from jlora.checkpoints.adapter_layout import (
+    FactorShape,
+    arrange_factors,
+    plan_adapter,
+)
 from jlora.checkpoints.architectures import EMBEDDINGS
-from jlora.checkpoints.experts import join_experts, name_experts
-from jlora.checkpoints.peft_config import make_config
-from jlora.checkpoints.peft_keys import format_keys
 from jlora.checkpoints.peft_reader import check_finite, make_pair, read_peft
 from jlora.factors import Factors
 
@@ -86,26 +88,21 @@ def format_adapter(
     """Return the tensors and the configuration that `save_peft` writes."""
     checked = _check_modules(factors)
     scales = _list_scales(scale, checked)
-    rank = max(pair.u.shape[-1] for pair in checked.values())
+    folded = {path: _fold(pair, scales[path]) for path, pair in checked.items()}
 
-    # Fold the scale, pad, and name the tensors.
+    shapes = {path: _describe(pair) for path, pair in folded.items()}
+    layout = plan_adapter(shapes, portable=portable, embeddings=embeddings)
     tensors: dict[str, np.ndarray] = {}
-    ranks: dict[str, int] = {}
-    experts = [module for module, pair in checked.items() if pair.u.ndim == 3]
-    names = name_experts(experts)
-    for module, pair in checked.items():
-        u, v = _fold(pair, scales[module], rank if portable else None)
-        ranks[module] = u.shape[-1]
-        if u.ndim == 3:
-            a, b = join_experts(u, v)
-            keys = format_keys(names[module], is_embedding=False)
-        else:
-            a, b = u.T, v.T
-            is_embedding = re.search(embeddings, module) is not None
-            keys = format_keys(module, is_embedding=is_embedding)
-        tensors |= dict(zip(keys, map(np.ascontiguousarray, (a, b)), strict=True))
+    for path, pair in folded.items():
+        tensors |= arrange_factors(layout, path, pair)
+    return tensors, layout.config
 
-    return tensors, make_config(ranks, parameters=experts)
+
+def _describe(pair: Factors) -> FactorShape:
+    u, v = pair
+    num_experts = u.shape[0] if u.ndim == 3 else None
+    dtype = np.dtype(u.dtype)
+    return FactorShape(u.shape[-2], v.shape[-1], u.shape[-1], num_experts, dtype)
 
 
 def load_peft(
@@ -208,18 +205,12 @@ def _check_scale(value: Any, name: str) -> float:
     return number
 
 
-def _fold(factors: Factors, scale: float, rank: int | None) -> tuple[Any, Any]:
-    """Return u and v with √|scale| in each, padded with zeros to a rank."""
+def _fold(factors: Factors, scale: float) -> Factors:
+    """Return factors with √|scale| in each, of at most 32 bits."""
     u, v = (np.asarray(part) for part in factors)
     root = math.sqrt(abs(scale))
     if scale != 1.0:
         u, v = u * u.dtype.type(root), v * v.dtype.type(math.copysign(root, scale))
-
-    missing = 0 if rank is None else rank - u.shape[-1]
-    if missing:
-        batch = [(0, 0)] * (u.ndim - 2)
-        u = np.pad(u, [*batch, (0, 0), (0, missing)])
-        v = np.pad(v, [*batch, (0, missing), (0, 0)])
     if u.dtype == np.float64:
         u, v = u.astype(np.float32), v.astype(np.float32)
-    return u, v
+    return make_pair(u, v)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from jlora.checkpoints.architectures import find_family
 from jlora.checkpoints.changes import Change
 from jlora.checkpoints.checkpoint import Checkpoint
 
-_HEAD = "lm_head.weight"
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
-_WITH_HEAD = ("ForCausalLM", "LMHeadModel")
+# Endings of the classes of models with a head over the vocabulary.
+_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining")
+_WITH_HEAD_OF_DECODER = "ForConditionalGeneration"
 
 
 class Untied(NamedTuple):
@@ -30,15 +31,20 @@ def untie(
     embedding as a module, and the head keeps the old weight, so a merged file must hold
     both. New rows of tokens, though, and a replaced embedding hold for both uses.
     """
-    names = config.get("architectures") or [""]
-    has_head = any(str(name).endswith(_WITH_HEAD) for name in names)
-    if not has_head or any(name.endswith(_HEAD) for name in checkpoint):
-        return None
-    embedding = next((name for name in checkpoint if name.endswith(_EMBEDDINGS)), None)
-    if embedding is None or embedding not in changes:
+    names = [str(name) for name in config.get("architectures") or ()]
+    embedding_module, head = find_family(config.get("model_type")).tied
+    end = f"{embedding_module}.weight"
+    embedding = next((name for name in checkpoint if name.endswith(end)), None)
+    if embedding is None or not getattr(changes.get(embedding), "pairs", None):
         return None
     change = changes[embedding]
-    if not change.pairs:
+    if any(name.endswith(_WITH_HEAD_OF_DECODER) for name in names):
+        raise ValueError(
+            f"{checkpoint.path}: must not have an adapter of {embedding}, which "
+            "encoder, decoder and head share, got one. Leave that module out."
+        )
+    has_own_head = any(name.endswith(f"{head}.weight") for name in checkpoint)
+    if has_own_head or not any(name.endswith(_WITH_HEAD) for name in names):
         return None
     kept = Change([], rows=change.rows) if change.rows is not None else None
-    return Untied(_HEAD, embedding, kept)
+    return Untied(f"{head}.weight", embedding, kept)

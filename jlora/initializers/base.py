@@ -57,6 +57,8 @@ class Initializer:
         is_data_stored: whether `data` has the shape and the layout of the weight.
         is_data_required: whether a weight without data is refused.
         rank_multiple: ranks must be multiples of it.
+        has_residual_base: whether the base is w - scale * u @ v, rounded once, or w
+            itself where u @ v is zero. Jobs on files then need not store it.
         passes_nan_on: whether NaN in w reaches the factors. If not, `adapt` also looks
             at w itself, which costs one pass.
         has_relative_spectrum: whether a `RankBudget` compares energies as fractions of
@@ -83,6 +85,7 @@ class Initializer:
     is_data_stored: ClassVar[bool] = False
     is_data_required: ClassVar[bool] = True
     rank_multiple: ClassVar[int] = 1
+    has_residual_base: ClassVar[bool] = False
     passes_nan_on: ClassVar[bool] = False
     has_relative_spectrum: ClassVar[bool] = False
 

@@ -99,6 +99,7 @@ class CorDA(Initializer):
     """See `corda`."""
 
     name = "corda"
+    has_residual_base = True
     data_meaning = "second moments of the inputs, [..., m, m]"
     passes_nan_on = True
 
@@ -155,6 +156,7 @@ class LoRAGA(Initializer):
     """See `lora_ga`."""
 
     name = "lora_ga"
+    has_residual_base = True
     data_meaning = "the gradient, of the weight's shape"
     is_data_stored = True
 

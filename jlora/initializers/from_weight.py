@@ -171,6 +171,7 @@ class PiSSA(Initializer):
     residual: bool = True
 
     name = "pissa"
+    has_residual_base = True
     passes_nan_on = True
 
     @property
@@ -189,6 +190,7 @@ class MiLoRA(Initializer):
     """See `milora`."""
 
     name = "milora"
+    has_residual_base = True
     passes_nan_on = True
 
     def __call__(self, w, rank, *, scale, key, data=None) -> InitialFactors:
@@ -202,6 +204,7 @@ class OLoRA(Initializer):
     """See `olora`."""
 
     name = "olora"
+    has_residual_base = True
     passes_nan_on = True
 
     def __call__(self, w, rank, *, scale, key, data=None) -> InitialFactors:

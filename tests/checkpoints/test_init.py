@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora.checkpoints import init_jobs, initialize_checkpoint, open_checkpoint
+from jlora.checkpoints import (
+    initial_factors,
+    initialize_checkpoint,
+    open_checkpoint,
+    window_store,
+)
 
 KEY = jax.random.key(0)
 NAMES = [f"model.layers.{i}.{name}_proj.weight" for i in range(2) for name in "qv"]
@@ -103,20 +108,21 @@ def test_an_interrupted_run_goes_on_with_the_same_bytes(tmp_path, monkeypatch):
     model = make_model(tmp_path / "model")
     initialize(model, tmp_path / "expected", rank=3)
     adapted = []
-    adapt = init_jobs._Run._adapt
+    adapt_group = initial_factors._adapt_group
 
-    def count(self, name):
-        adapted.append(name)
-        if len(adapted) == 4:
+    def count(source, group, *rest):
+        adapted.append([ref.name for ref in group])
+        if len(adapted) == 3:
             raise KeyboardInterrupt
-        return adapt(self, name)
+        return adapt_group(source, group, *rest)
 
-    monkeypatch.setattr(init_jobs._Run, "_adapt", count)
+    monkeypatch.setattr(window_store, "_WINDOW_BYTES", 1)  # one matrix each
+    monkeypatch.setattr(initial_factors, "_adapt_group", count)
     with pytest.raises(KeyboardInterrupt):
         initialize(model, tmp_path / "new", rank=3)
     assert not (tmp_path / "new").exists()
     initialize(model, tmp_path / "new", rank=3)
-    assert adapted[4:] == NAMES[2:]  # the first file was whole
+    assert adapted[3:] == [[name.removesuffix(".weight")] for name in NAMES[2:]]
     assert list_bytes(tmp_path / "new") == list_bytes(tmp_path / "expected")
 
 
