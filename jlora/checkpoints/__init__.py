@@ -6,6 +6,11 @@ peft                `save_peft`, `load_peft`: adapters in PEFT's files
 peft_reader         `read_peft`: everything that such an adapter holds
 peft_config         their configuration, ranks and scales
 peft_keys           the names of their tensors
+adapter_formats     `load_adapter`: factors in the formats of several programs
+adapter_names       the names of their tensors
+kohya_modules       the modules that kohya's flattened names stand for
+diffusers_scales    the scales that the metadata of diffusers says
+qwix_factors        factors of qwix as matrices
 experts             factors of stacked experts
 adapter_files       the two files of an adapter
 adapter_jobs        `resize_adapter`, `combine_adapters`
@@ -28,6 +33,7 @@ json_files          JSON files, read without trust
 files               files that are written completely or not at all
 """
 
+from jlora.checkpoints.adapter_formats import load_adapter
 from jlora.checkpoints.adapter_jobs import combine_adapters, resize_adapter
 from jlora.checkpoints.adapter_ranks import AdapterReport, ModuleReport
 from jlora.checkpoints.arrays import load_arrays, save_arrays
@@ -48,6 +54,7 @@ __all__ = [
     "combine_adapters",
     "extract_checkpoint",
     "initialize_checkpoint",
+    "load_adapter",
     "load_arrays",
     "load_peft",
     "merge_checkpoint",

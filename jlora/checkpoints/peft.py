@@ -187,7 +187,7 @@ def _list_scales(
     scale: float | Mapping[str, float], modules: Mapping[str, Any]
 ) -> dict[str, float]:
     if not isinstance(scale, Mapping):
-        return dict.fromkeys(modules, _check_scale(scale, "scale"))
+        return dict.fromkeys(modules, check_scale(scale, "scale"))
     given = {path.removesuffix(".weight"): value for path, value in scale.items()}
     if given.keys() != modules.keys():
         odd = sorted(given.keys() ^ modules.keys())[0]
@@ -195,10 +195,11 @@ def _list_scales(
             f"`scale` must have the paths of `factors`, got a difference at {odd!r}. "
             "Pass one number, or one for each."
         )
-    return {path: _check_scale(value, path) for path, value in given.items()}
+    return {path: check_scale(value, path) for path, value in given.items()}
 
 
-def _check_scale(value: Any, name: str) -> float:
+def check_scale(value: Any, name: str) -> float:
+    """Return a finite number as a float, or refuse another value."""
     number = float(_checks.check_scalar(value, name))
     if not math.isfinite(number):
         raise ValueError(f"`{name}` must be finite, got {number}. Pass another number.")

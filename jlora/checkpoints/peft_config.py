@@ -31,6 +31,12 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_NAME
     config = read_json(path)
+    check_config(path, config)
+    return config
+
+
+def check_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Refuse a configuration that `path` holds, as `read_config` does."""
     kind = config.get("peft_type")
     if kind != "LORA":
         _refuse(path, "peft_type", "'LORA'", kind, "Only LoRA adapters have factors")
@@ -55,7 +61,6 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
             "These factors belong to a changed base. Save the adapter again with "
             "PEFT's path_initial_model_for_weight_conversion",
         )
-    return config
 
 
 def check_pattern(pattern: str, name: str) -> None:

@@ -79,7 +79,7 @@ def read_peft(folder: str | os.PathLike[str]) -> PeftAdapter:
         }.get(key.part)
         if place is None:
             continue
-        array = _read_finite(checkpoint, name)
+        array = read_finite(checkpoint, name, file)
         if key.part == "bias":
             rank = checkpoint.info(pairs[key.module]["A"]).shape[0]
             array = array * np.float32(find_scale(config, key.module, rank))
@@ -90,8 +90,14 @@ def read_peft(folder: str | os.PathLike[str]) -> PeftAdapter:
     return adapter
 
 
-def make_pair(u: Any, v: Any) -> Factors:
-    """Return factors that are NumPy arrays, as files hold them."""
+def make_pair(u: Any, v: Any, *, scale: float = 1.0) -> Factors:
+    """Return factors that are NumPy arrays, as files hold them, with a scale in v.
+
+    v has at least float32 unless the scale is 1.
+    """
+    if scale != 1.0:
+        wide = np.float64 if v.dtype == np.float64 else np.float32
+        v = v.astype(wide) * wide(scale)
     return Factors(u, v)
 
 
@@ -126,7 +132,7 @@ def _read_module(
     config: Mapping[str, Any],
 ) -> dict[str, Factors]:
     """Return {path: factors with the scale in v} of one module."""
-    a, b = (_read_finite(checkpoint, sides[side]) for side in "AB")
+    a, b = (read_finite(checkpoint, sides[side], checkpoint.path) for side in "AB")
     names = config.get("target_parameters") or []
     parameter = split_experts(module, names)
     path = module if parameter is None else parameter
@@ -150,25 +156,25 @@ def _read_module(
         u, v = stack_experts(a, b, a.shape[0] // int(rank))
     else:
         u, v = a.T, b.T
-    if scale != 1.0:
-        wide = np.float64 if v.dtype == np.float64 else np.float32
-        v = v.astype(wide) * wide(scale)
-    return {path: make_pair(u, v)}
+    return {path: make_pair(u, v, scale=scale)}
 
 
-def _read_finite(checkpoint: Checkpoint, name: str) -> np.ndarray:
-    array = checkpoint[name]
+def read_finite(
+    arrays: Mapping[str, np.ndarray], name: str, path: pathlib.Path
+) -> np.ndarray:
+    """Return one array of the file at `path`, floating, finite and not empty."""
+    array = arrays[name]
     if not _checks.is_floating(array.dtype):
         raise ValueError(
-            f"{checkpoint.path}: must hold floating tensors of 16 to 64 bits, got "
+            f"{path}: must hold floating tensors of 16 to 64 bits, got "
             f"{array.dtype} at {name}. Convert it first."
         )
     if 0 in array.shape:
         raise ValueError(
-            f"{checkpoint.path}: must hold factors that were gathered, got shape "
+            f"{path}: must hold factors that were gathered, got shape "
             f"{array.shape} at {name}. Save the adapter again from all devices."
         )
-    check_finite(array, name, str(checkpoint.path))
+    check_finite(array, name, str(path))
     return array
 
 
