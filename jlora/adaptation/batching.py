@@ -7,6 +7,7 @@ from jlora._progress import Progress
 from jlora._types import PRNGKey, Tree
 from jlora.adaptation.chunks import adapt_group, choose_chunk_size
 from jlora.adaptation.data import list_data
+from jlora.adaptation.lazy_arrays import open_tree
 from jlora.adaptation.paths import map_leaves
 from jlora.adaptation.plan import Plan
 from jlora.adaptation.tasks import WeightTask, identify_program, list_tasks
@@ -30,7 +31,10 @@ def adapt(
     Other leaves, and bases that an initializer leaves unchanged, stay the same objects.
 
     Args:
-        params: pytree of arrays that the plan was made for.
+        params: pytree of arrays that the plan was made for, or an open checkpoint
+            (`jlora.checkpoints.open_checkpoint`). Its weights are read one by one and
+            not kept: the tree is {name: leaf}, whose bases and other leaves are
+            `jlora.adaptation.LazyArray`s that read their file when they are used.
         plan: `Plan`, static.
         key: one typed PRNG key, consumed; folded with each path and with the index in a
             stack, so that no matrix's values depend on which others there are.
@@ -85,6 +89,7 @@ def adapt(
     if max_bytes is not None:
         max_bytes = _checks.check_integer(max_bytes, "max_bytes")
 
+    params = open_tree(params)
     tasks = list_tasks(params, plan, list_data(data), key, donate=donate)
     adapted = {t.entry.path: adapt_traced(t) for t in tasks if t.is_traced}
     groups = _group_tasks([task for task in tasks if not task.is_traced])

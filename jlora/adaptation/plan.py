@@ -10,6 +10,7 @@ from jlora import _checks
 from jlora._types import PRNGKey, Tree
 from jlora.adaptation.adapted_weight import is_adapted
 from jlora.adaptation.data import find_data, list_data
+from jlora.adaptation.lazy_arrays import open_tree
 from jlora.adaptation.paths import fold_path, list_leaves
 from jlora.adaptation.rank_choice import RankRequest, choose_ranks
 from jlora.adaptation.rule import Rule
@@ -104,7 +105,8 @@ def make_plan(
 
     Args:
         params: pytree of arrays: nested dicts, the state of a flax.nnx module (its
-            paths end in "/value"), an Equinox module, a dict of names in a checkpoint.
+            paths end in "/value"), an Equinox module, a dict of names in a checkpoint,
+            an open checkpoint (`jlora.checkpoints.open_checkpoint`).
             With ranks given as numbers, jax.ShapeDtypeStruct will do.
         rules: one `Rule` or a sequence; on each path the first match wins.
         data: as in `adapt`; needed here for ranks chosen by it. None: none.
@@ -137,7 +139,7 @@ def make_plan(
     if key is not None:
         _checks.check_key(key)
 
-    leaves = list_leaves(params, is_leaf=is_adapted)
+    leaves = list_leaves(open_tree(params), is_leaf=is_adapted)
     check_paths(leaves)
     matches = match_leaves(leaves, checked)
     check_every_rule_used(checked, matches, leaves)

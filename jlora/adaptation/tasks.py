@@ -14,6 +14,7 @@ from jlora import _checks
 from jlora._types import Array, PRNGKey, Tree
 from jlora.adaptation.adapted_weight import AdaptedWeight
 from jlora.adaptation.data import find_data
+from jlora.adaptation.lazy_arrays import LazyArray
 from jlora.adaptation.paths import fold_path, list_leaves
 from jlora.adaptation.plan import Plan, PlanEntry
 from jlora.adaptation.programs import InitSpec, has_new_base
@@ -170,7 +171,7 @@ def _make_task(
         donate=False,
     )
     is_new = has_new_base(spec, task.matrix_shape, leaf.dtype, _describe_data(task))
-    if is_new and is_registered(leaf):
+    if is_new and is_registered(leaf) and not isinstance(leaf, LazyArray):
         raise ValueError(
             f"{entry.path}: `init` must leave a base of type {type(leaf).__name__} "
             f"unchanged, got {rule.initializer.label!r}. Use 'lora', or dequantise the "

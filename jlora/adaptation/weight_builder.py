@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from jlora._types import Array
 from jlora.adaptation.adapted_weight import AdaptedWeight
+from jlora.adaptation.lazy_arrays import LazyArray, LazyResidual
 from jlora.adaptation.programs import InitializedMatrix
 from jlora.adaptation.tasks import MatrixRef, WeightTask, make_weight
 from jlora.quantization.registry import is_registered, read_array
@@ -23,14 +25,21 @@ class WeightBuilder:
         self._task = task
         self._parts: list[Any] = [None] * task.num_matrices  # (u, v, core) of each
         self._base = task.leaf
-        if task.has_new_base and task.batch and not task.donate:
+        self._kept: np.ndarray | None = None  # a lazy stack while it is decomposed
+        # A residual need not be kept: it is read as the weight without its delta.
+        self._is_lazy_base = (
+            isinstance(task.leaf, LazyArray) and task.spec.initializer.has_residual_base
+        )
+        if task.has_new_base and task.batch and not (task.donate or self._is_lazy_base):
             # The bases of a stack are written one by one, and the leaf is the caller's.
             self._base = _allocate_like(task.leaf)
 
     def take_matrix(self, ref: MatrixRef) -> Array:
         """Return one matrix of the weight, on the device."""
         source = self._base if self._task.donate else self._task.leaf
-        if is_registered(source):
+        if isinstance(source, LazyArray):
+            source = self._read_lazy(source, ref)
+        elif is_registered(source):
             source = read_array(source)
         if not self._task.batch:
             return jnp.asarray(source)
@@ -38,13 +47,20 @@ class WeightBuilder:
             return jnp.asarray(source[self._locate(ref)])
         return _take_slice(source, ref.offsets, self._task.batch_axes)
 
+    def _read_lazy(self, leaf: LazyArray, ref: MatrixRef) -> np.ndarray:
+        """Return a whole leaf, which is kept until its last matrix was taken."""
+        array = leaf.read() if self._kept is None else self._kept
+        self._kept = array if ref.index + 1 < self._task.num_matrices else None
+        return array
+
     def put_matrix(self, ref: MatrixRef, found: InitializedMatrix) -> None:
         """Keep the arrays of one matrix, and write its base into the stack."""
         self._parts[ref.index] = (found.u, found.v, found.core)
-        if found.base is None:
+        if found.base is None or self._is_lazy_base:
             return
 
-        leaf, is_on_host = self._task.leaf, isinstance(self._task.leaf, np.ndarray)
+        leaf = self._task.leaf
+        is_on_host = isinstance(leaf, (np.ndarray, LazyArray))
         if not self._task.batch:
             self._base = np.array(found.base, leaf.dtype) if is_on_host else found.base
         elif is_on_host:
@@ -60,7 +76,13 @@ class WeightBuilder:
             batch = self._task.batch
             parts = jax.tree.map(lambda *arrays: jnp.stack(arrays), *self._parts)
             parts = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), parts)
-        return make_weight(self._task, self._base, *parts)
+        weight = make_weight(self._task, self._base, *parts)
+        if not (self._is_lazy_base and self._task.has_new_base):
+            return weight
+        rule = self._task.entry.rule
+        scale = 1.0 if rule.scale is None else rule.scale
+        base = LazyResidual(self._task.leaf, weight.factors, scale, rule.layout)
+        return dataclasses.replace(weight, base=base)
 
     def _locate(self, ref: MatrixRef) -> tuple[int | slice, ...]:
         return tuple(
@@ -71,7 +93,7 @@ class WeightBuilder:
 
 def _allocate_like(leaf: Any) -> Any:
     """Return an array to be filled, on the host or sharded as the leaf."""
-    if isinstance(leaf, np.ndarray):
+    if isinstance(leaf, (np.ndarray, LazyArray)):
         return np.empty(leaf.shape, leaf.dtype)
     device = leaf.sharding if leaf.committed else None
     return jnp.empty(leaf.shape, leaf.dtype, device=device)

@@ -16,7 +16,7 @@ from jlora.checkpoints.diffusers_scales import METADATA_KEY, read_scales
 from jlora.checkpoints.kohya_modules import match_modules
 from jlora.checkpoints.peft import check_scale, load_peft
 from jlora.checkpoints.peft_config import CONFIG_NAME
-from jlora.checkpoints.peft_reader import make_pair, read_finite
+from jlora.checkpoints.peft_file import make_pair, read_finite
 from jlora.checkpoints.qwix_factors import merge_axes
 from jlora.checkpoints.safetensors_header import read_header
 from jlora.factors import Factors

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
-from jlora import _checks
+from jlora._progress import Progress
+from jlora.checkpoints.adapter_files import write_job_adapter
+from jlora.checkpoints.adapter_layout import FactorShape, count_bytes, plan_adapter
 from jlora.checkpoints.adapter_ranks import (
     AdapterReport,
     ModuleReport,
     RankWish,
     check_wish,
-    choose_ranks,
-    report_module,
+    plan_report,
 )
-from jlora.checkpoints.peft import load_peft, save_peft
-from jlora.checkpoints.peft_reader import make_pair
-from jlora.factors import Factors, split_svd
-from jlora.updates.recompression import concatenate_factors, recompress
+from jlora.checkpoints.adapter_sums import (
+    check_sum_memory,
+    fill_sums,
+    find_dtypes,
+    open_terms,
+    read_sum,
+)
+from jlora.checkpoints.factor_store import (
+    choose_module_ranks,
+    make_factor_reader,
+    plan_stored_adapter,
+    read_spectra,
+)
+from jlora.checkpoints.memory import check_max_memory
+from jlora.checkpoints.modules import list_matrices
+from jlora.checkpoints.output_folder import OutputFolder, identify, open_output
+from jlora.checkpoints.window_store import WORK, WindowStore
 
 Path = str | os.PathLike[str]
 
@@ -38,21 +48,30 @@ def resize_adapter(
     energy: float | None = None,
     budget: int | None = None,
     portable: bool = True,
+    max_memory: int | None = None,
+    progress: bool | None = None,
+    dry_run: bool = False,
 ) -> AdapterReport:
     """Write an adapter with smaller ranks, and return what was kept of each module.
 
     Each u @ v becomes its best approximation of the new rank, without ever being
-    formed.
+    formed. A few modules are in memory at a time; a run that was interrupted goes on
+    where it was.
 
     Args:
         adapter: folder of PEFT.
-        output: folder to write, see `save_peft`.
+        output: folder to write; it must not exist.
         rank: of every module (or what it has, if that is less). None: not by rank.
         energy: part of the squared norm to keep of each module, in (0, 1]. None: not by
             energy.
         budget: numbers in all the factors; ranks go where they keep most. None: not by
             budget.
         portable: as in `save_peft`.
+        max_memory: bytes of the process, with about 320 MiB for JAX itself. None: no
+            limit.
+        progress: None: a bar on a terminal, plain lines elsewhere. False: neither.
+        dry_run: only check, and return the largest ranks that there may be, with NaN
+            for what is not known.
 
     Returns:
         `AdapterReport`; a module of rank 0 is left out.
@@ -76,10 +95,8 @@ def resize_adapter(
         >>> folder.cleanup()
     """
     wish = check_wish(rank, energy, budget)
-    factors, config = load_peft(adapter)
-    cut, report = _cut(factors, wish)
-    _write(output, cut, config, portable)
-    return report
+    job = _Job({adapter: 1.0}, wish, portable, max_memory, progress)
+    return job.plan() if dry_run else job.run(output)
 
 
 def combine_adapters(
@@ -88,6 +105,9 @@ def combine_adapters(
     *,
     rank: int | None = None,
     portable: bool = True,
+    max_memory: int | None = None,
+    progress: bool | None = None,
+    dry_run: bool = False,
 ) -> AdapterReport:
     """Write the weighted sum of adapters as one adapter, and return what was kept.
 
@@ -97,9 +117,14 @@ def combine_adapters(
     Args:
         adapters: {folder: weight}. A module that some do not have is taken from the
             others.
-        output: folder to write, see `save_peft`.
+        output: folder to write; it must not exist.
         rank: truncate the sum to this rank. None: exact, with the sum of the ranks.
         portable: as in `save_peft`.
+        max_memory: bytes of the process, with about 320 MiB for JAX itself. None: no
+            limit.
+        progress: None: a bar on a terminal, plain lines elsewhere. False: neither.
+        dry_run: only check, and return the largest ranks that there may be, with NaN
+            for what is not known.
 
     Returns:
         `AdapterReport`.
@@ -124,79 +149,122 @@ def combine_adapters(
     """
     if not adapters:
         raise ValueError("`adapters` must name at least one, got none. Pass a folder.")
-    parts: dict[str, list[tuple[Factors, float]]] = {}
-    configs: list[dict[str, Any]] = []
-    for path, weight in adapters.items():
-        number = float(_checks.check_scalar(weight, f"weight of {path}"))
-        factors, config = load_peft(path)
-        configs.append(config)
-        for module, pair in factors.items():
-            parts.setdefault(module, []).append((pair, number))
+    wish = None if rank is None else check_wish(rank, None, None)
+    job = _Job(adapters, wish, portable, max_memory, progress)
+    return job.plan() if dry_run else job.run(output)
 
-    summed = {module: _sum(module, pairs) for module, pairs in parts.items()}
-    if rank is None:
-        ranks = {module: pair.u.shape[-1] for module, pair in summed.items()}
-        rows = [ModuleReport(module, r, r, 1.0, 0.0) for module, r in ranks.items()]
-        _write(output, summed, configs[0], portable)
+
+class _Job:
+    """A weighted sum of adapters, exact or with chosen ranks.
+
+    Args:
+        adapters: {folder: weight}.
+        wish: of the ranks; None: exact.
+        portable: as in `save_peft`.
+        max_memory: of the job in bytes.
+        progress: of the bar.
+    """
+
+    def __init__(
+        self,
+        adapters: Mapping[Any, float],
+        wish: RankWish | None,
+        portable: bool,
+        max_memory: int | None,
+        progress: bool | None,
+    ) -> None:
+        self._terms, self._modules = open_terms(adapters)
+        self._ranks = {
+            path: sum(file.modules[path].rank for file, _ in self._terms[path])
+            for path in self._terms
+        }
+        self._wish = wish
+        self._portable = portable
+        self._max_memory = check_max_memory(max_memory)
+        self._progress = progress
+        self._weights = dict(adapters)
+        check_sum_memory(self._modules, self._ranks, self._max_memory)
+
+    def plan(self) -> AdapterReport:
+        """Return the report of a dry run."""
+        sizes = {}
+        for module in self._modules:
+            rank = self._ranks[module.path]
+            limit = rank if self._wish is None else min(rank, *module.shape)
+            sizes[module.path] = (rank, limit)
+        most = max(self._ranks.values())
+        rank = most if self._wish is None else self._wish.rank or most
+        return plan_report(sizes, rank)
+
+    def run(self, output: Path) -> AdapterReport:
+        """Write the new adapter, and return its report."""
+        open_files = {file.folder: file for t in self._terms.values() for file, _ in t}
+        folders = sorted(open_files)
+        files = [file for folder in folders for file in sorted(folder.iterdir())]
+        job = {
+            "job": "sum",
+            "inputs": [identify(path) for path in files if path.is_file()],
+            "weights": sorted((str(path), w) for path, w in self._weights.items()),
+            "wish": self._wish,
+            "portable": self._portable,
+        }
+        shapes = {
+            module.path: FactorShape(
+                *module.shape, self._ranks[module.path], module.num_experts
+            )
+            for module in self._modules
+        }
+        num_bytes = 2 * count_bytes(plan_adapter(shapes, portable=self._portable))
+        with open_output(
+            output, inputs=folders, num_bytes=num_bytes, job=job
+        ) as folder:
+            if self._wish is None:
+                return self._write_exact(folder, shapes)
+            return self._write_thin(folder, self._wish)
+
+    def _write_exact(
+        self, folder: OutputFolder, shapes: Mapping[str, FactorShape]
+    ) -> AdapterReport:
+        layout = plan_adapter(shapes, portable=self._portable)
+        with Progress(
+            "combine", len(shapes), enabled=self._progress, unit="modules"
+        ) as bar:
+
+            def read(path: str) -> Any:
+                bar.count()
+                return read_sum(self._terms[path], path)
+
+            write_job_adapter(folder, layout, read, config=self._make_config())
+        rows = [ModuleReport(path, r, r, 1.0, 0.0) for path, r in self._ranks.items()]
         return AdapterReport(tuple(rows))
-    cut, report = _cut(summed, check_wish(rank, None, None))
-    _write(output, cut, configs[0], portable)
-    return report
 
+    def _write_thin(self, folder: OutputFolder, wish: RankWish) -> AdapterReport:
+        refs = list_matrices(self._modules)
+        rank = wish.rank or max(self._ranks.values())
+        store = WindowStore(folder, refs, rank, "svd")
+        with Progress(
+            "resize", len(refs), enabled=self._progress, unit="matrices"
+        ) as bar:
+            fill_sums(store, self._terms, wish.rank, self._max_memory, bar)
 
-def _sum(module: str, pairs: list[tuple[Factors, float]]) -> Factors:
-    shapes = {(pair.u.shape[:-1], pair.v.shape[-1:]) for pair, _ in pairs}
-    if len(shapes) > 1:
-        raise ValueError(
-            f"{module}: `adapters` must be of one model, got factors of the shapes "
-            f"{sorted(map(str, shapes))}. Combine adapters of the same model."
+        spectra = read_spectra(store, self._modules)
+        ranks, report = choose_module_ranks(spectra, self._modules, wish, self._ranks)
+        if not ranks:
+            raise ValueError(
+                "`rank`, `energy` or `budget` must leave a rank above 0, got none for "
+                "any module. Raise the budget, or look for an adapter of zeros."
+            )
+        layout = plan_stored_adapter(
+            self._modules,
+            ranks,
+            portable=self._portable,
+            dtypes=find_dtypes(self._terms),
         )
-    weights = [weight for _, weight in pairs]
-    found = concatenate_factors([_to_device(pair) for pair, _ in pairs], weights)
-    return make_pair(*map(np.asarray, found))
+        read = make_factor_reader(store, self._modules, ranks)
+        write_job_adapter(folder, layout, read, config=self._make_config())
+        folder.drop(WORK)
+        return report
 
-
-def _cut(
-    factors: Mapping[str, Factors], wish: RankWish
-) -> tuple[dict[str, Factors], AdapterReport]:
-    """Return factors of the ranks of a wish, and the report of them."""
-    svds, spectra, shapes = {}, {}, {}
-    for module, pair in factors.items():
-        *_, m, r = pair.u.shape
-        n = pair.v.shape[-1]
-        svd = recompress(_to_device(pair), min(m, n, r))
-        svds[module] = svd
-        # Experts share one rank: the values of all of them, place by place.
-        values = np.asarray(svd.s, np.float64).reshape(-1, svd.s.shape[-1])
-        spectra[module] = np.linalg.norm(values, axis=0)
-        shapes[module] = (m, n)
-
-    ranks = choose_ranks(wish, spectra, shapes, dict.fromkeys(svds, 0.0))
-    cut, rows, skipped = {}, [], []
-    for module, svd in svds.items():
-        old_rank, rank = factors[module].u.shape[-1], ranks[module]
-        if rank == 0:
-            skipped.append((module, "gets rank 0"))
-            continue
-        thin = svd._replace(
-            u=svd.u[..., :rank], s=svd.s[..., :rank], vt=svd.vt[..., :rank, :]
-        )
-        dtype = factors[module].u.dtype
-        pair = (np.asarray(part).astype(dtype) for part in split_svd(thin, "both"))
-        cut[module] = make_pair(*pair)
-        rows.append(report_module(module, spectra[module], 0.0, old_rank, rank))
-    return cut, AdapterReport(tuple(rows), tuple(skipped))
-
-
-def _to_device(factors: Factors) -> Factors:
-    return Factors(jnp.asarray(factors.u), jnp.asarray(factors.v))
-
-
-def _write(
-    output: Path,
-    factors: Mapping[str, Factors],
-    config: Mapping[str, Any],
-    portable: bool,
-) -> None:
-    kept = {name: config[name] for name in _KEPT if config.get(name) is not None}
-    save_peft(pathlib.Path(output), factors, portable=portable, config=kept)
+    def _make_config(self) -> dict[str, Any]:
+        first = next(iter(self._terms.values()))[0][0].config
+        return {name: first[name] for name in _KEPT if first.get(name) is not None}

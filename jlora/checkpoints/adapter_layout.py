@@ -94,8 +94,9 @@ def write_factors(
     file.write(format_header(entries))
 
     for module in layout.shapes:
+        dtype = layout.shapes[module].dtype
         for array in arrange_factors(layout, module, read(module)).values():
-            write_array(file, array)
+            write_array(file, array.astype(dtype, copy=False))
     for array in saved.values():
         write_array(file, np.asarray(array))
 

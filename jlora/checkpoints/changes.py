@@ -18,7 +18,8 @@ from jlora.checkpoints.architectures import (
     match_layout,
 )
 from jlora.checkpoints.checkpoint import Checkpoint
-from jlora.checkpoints.peft_reader import PeftAdapter, make_pair
+from jlora.checkpoints.peft_file import make_pair
+from jlora.checkpoints.peft_reader import PeftAdapter
 from jlora.factors import Factors
 
 

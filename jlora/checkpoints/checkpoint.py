@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jlora.checkpoints.folders import find_files
+from jlora.checkpoints.lazy_tensors import LazyTensor
 from jlora.checkpoints.safetensors import find_dtype
 from jlora.checkpoints.safetensors_header import TensorEntry, read_header
 
@@ -114,6 +115,10 @@ class Checkpoint(Mapping[str, np.ndarray]):
             dtype,
         )
         return flat.reshape(shape)
+
+    def list_lazy_arrays(self) -> dict[str, LazyTensor]:
+        """Return the checkpoint as a tree whose leaves are read when they are used."""
+        return {name: LazyTensor(self, name) for name in self}
 
     def _find(self, name: str) -> tuple[pathlib.Path, tuple, TensorEntry]:
         try:

@@ -6,6 +6,7 @@ Only the singular values are in memory when the ranks are chosen.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from jlora.checkpoints.adapter_ranks import (
     report_module,
 )
 from jlora.checkpoints.modules import MatrixRef, StoredModule
-from jlora.checkpoints.peft_reader import make_pair
+from jlora.checkpoints.peft_file import make_pair
 from jlora.checkpoints.window_store import WindowStore
 from jlora.factors import SVD, Factors, split_svd
 
@@ -139,11 +140,22 @@ def plan_stored_adapter(
     ranks: Mapping[str, int],
     *,
     portable: bool,
+    dtypes: Mapping[str, np.dtype] = MappingProxyType({}),
 ) -> AdapterLayout:
-    """Return the layout of an adapter of the modules that have a rank."""
-    shapes = {
-        module.path: FactorShape(*module.shape, ranks[module.path], module.num_experts)
-        for module in modules
-        if module.path in ranks
-    }
+    """Return the layout of an adapter of the modules that have a rank.
+
+    Args:
+        modules: of the job.
+        ranks: by module.
+        portable: as in `save_peft`.
+        dtypes: by module; float32 where it has none.
+    """
+    shapes = {}
+    for module in modules:
+        path = module.path
+        if path in ranks:
+            dtype = dtypes.get(path, np.dtype(np.float32))
+            shapes[path] = FactorShape(
+                *module.shape, ranks[path], module.num_experts, dtype
+            )
     return plan_adapter(shapes, portable=portable)

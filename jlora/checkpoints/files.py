@@ -64,6 +64,14 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
 
 
+def describe_kind(path: str | os.PathLike[str]) -> str:
+    """Return the kind of a path that exists: "a file", "a folder", "a pipe", ..."""
+    if os.path.islink(path) and not os.path.exists(path):
+        return "a link to nothing"
+    mode = os.stat(path).st_mode
+    return next((name for is_kind, name in _KINDS if is_kind(mode)), "a file")
+
+
 def check_output(path: str | os.PathLike[str]) -> None:
     """Refuse a path that cannot become a file: check before the work, not after it.
 
@@ -77,9 +85,9 @@ def check_output(path: str | os.PathLike[str]) -> None:
             os.stat(path)
         mode = os.stat(target).st_mode if os.path.exists(target) else stat.S_IFREG
         if not stat.S_ISREG(mode):
-            kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "another")
             raise ValueError(
-                f"{path}: must be a regular file or a new one, got {kind}. "
+                f"{path}: must be a regular file or a new one, got "
+                f"{describe_kind(target)}. "
                 "Choose another path."
             )
 

@@ -19,7 +19,7 @@ from jlora.checkpoints.merge_blocks import write_tensors
 from jlora.checkpoints.merge_plan import plan_files
 from jlora.checkpoints.modules import MatrixRef, StoredModule
 from jlora.checkpoints.output_folder import OutputFolder, copy_file
-from jlora.checkpoints.peft_reader import make_pair
+from jlora.checkpoints.peft_file import make_pair
 from jlora.checkpoints.window_store import WindowStore
 from jlora.initializers.base import Initializer
 

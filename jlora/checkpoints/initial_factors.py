@@ -21,7 +21,7 @@ from jlora.checkpoints.adapter_ranks import AdapterReport, ModuleReport
 from jlora.checkpoints.checkpoint import Checkpoint
 from jlora.checkpoints.memory import find_work_bytes
 from jlora.checkpoints.modules import MatrixRef, StoredModule, read_matrix
-from jlora.checkpoints.peft_reader import make_pair
+from jlora.checkpoints.peft_file import make_pair
 from jlora.checkpoints.window_store import WindowStore
 from jlora.factors import Factors
 from jlora.initializers.base import Initializer

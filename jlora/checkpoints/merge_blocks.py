@@ -16,7 +16,7 @@ from jlora.checkpoints.changes import Change
 from jlora.checkpoints.checkpoint import Checkpoint
 from jlora.checkpoints.merge_plan import OutputTensor
 from jlora.checkpoints.output_folder import copy_range, write_array
-from jlora.checkpoints.peft_reader import make_pair
+from jlora.checkpoints.peft_file import make_pair
 from jlora.checkpoints.safetensors import find_dtype, format_header
 from jlora.factors import Factors
 from jlora.reconstruction.dense import reconstruct

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from jlora.checkpoints.files import replace_file
+from jlora.checkpoints.files import describe_kind, replace_file
 from jlora.checkpoints.json_files import read_json, write_json
 
 _PROGRESS = ".progress.json"
@@ -130,8 +130,8 @@ def check_target(target: pathlib.Path, inputs: Sequence[pathlib.Path]) -> None:
     """Refuse a folder to write that exists, or that lies within an input."""
     if target.exists() or target.is_symlink():
         raise ValueError(
-            f"{target}: must be a folder that does not exist yet, got one that does. "
-            "Choose another, or remove it."
+            f"{target}: must be a folder that does not exist yet, got "
+            f"{describe_kind(target)}. Choose another path, or remove it."
         )
     if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
         raise ValueError(

@@ -19,7 +19,12 @@ from jlora.checkpoints.adapter_layout import (
     plan_adapter,
 )
 from jlora.checkpoints.architectures import EMBEDDINGS
-from jlora.checkpoints.peft_reader import check_finite, make_pair, read_peft
+from jlora.checkpoints.peft_file import (
+    check_finite,
+    check_only_factors,
+    make_pair,
+    open_peft,
+)
 from jlora.factors import Factors
 
 
@@ -137,21 +142,9 @@ def load_peft(
         (4, 3)
         >>> folder.cleanup()
     """
-    adapter = read_peft(folder)
-    others = {
-        "whole parameters (modules_to_save, bias)": adapter.saved,
-        "magnitudes of DoRA": adapter.magnitudes,
-        "biases of lora_B": adapter.biases,
-        "rows of tokens": adapter.tokens,
-    }
-    for kind, found in others.items():
-        if found:
-            raise ValueError(
-                f"{folder}: must hold factors only, got {kind} for {len(found)} "
-                f"modules, such as {next(iter(found))}. Read it with "
-                "jlora.checkpoints.read_peft, or merge it with `jlora merge`."
-            )
-    return adapter.factors, adapter.config
+    file = open_peft(folder)
+    check_only_factors(file)
+    return {path: file.read(path) for path in file.modules}, file.config
 
 
 def _check_modules(factors: Mapping[str, Factors]) -> dict[str, Factors]:

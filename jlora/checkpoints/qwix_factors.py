@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from jlora.checkpoints.peft_reader import make_pair
+from jlora.checkpoints.peft_file import make_pair
 from jlora.factors import Factors
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from jlora.checkpoints.adapter_jobs import combine_adapters
-from jlora.cli.output import say
+from jlora.cli.job_options import add_job_options, read_job_options, say_end
 from jlora.cli.wishes import add_output, say_lines, split_weights
 
 
@@ -29,6 +29,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--rank", type=int, metavar="R", help="cut the sum to this rank"
     )
     add_output(parser)
+    add_job_options(parser, has_layouts=False)
     return parser
 
 
@@ -39,7 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.output,
         rank=arguments.rank,
         portable=not arguments.keep_ranks,
+        **read_job_options(arguments),
     )
     if arguments.rank is not None:
         say_lines(report)
-    say(f"wrote {arguments.output}: {len(report.modules)} modules")
+    say_end(arguments, f"{len(report.modules)} modules")

@@ -8,7 +8,7 @@ import jax
 
 from jlora import _checks
 from jlora.checkpoints.extract_jobs import extract_checkpoint
-from jlora.cli.output import say
+from jlora.cli.job_options import add_job_options, read_job_options, say_end
 from jlora.cli.targets import add_targets, check_seed, check_targets
 from jlora.cli.wishes import add_output, add_wish, say_lines
 
@@ -41,6 +41,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="largest rank with --energy and --budget (default: %(default)s)",
     )
     add("--seed", type=int, default=0, help="of the random projections (default: 0)")
+    add_job_options(parser, has_layouts=True)
     return parser
 
 
@@ -60,7 +61,8 @@ def run(arguments: argparse.Namespace) -> None:
         targets=arguments.targets,
         modules_to_save=arguments.modules_to_save,
         portable=not arguments.keep_ranks,
+        **read_job_options(arguments),
         key=jax.random.key(arguments.seed),
     )
     say_lines(report)
-    say(f"wrote {arguments.output}: {len(report.modules)} modules")
+    say_end(arguments, f"{len(report.modules)} modules")

@@ -6,10 +6,11 @@ import argparse
 
 import jax
 
+from jlora import _checks
 from jlora.checkpoints.init_jobs import initialize_checkpoint
-from jlora.cli.output import say
+from jlora.cli.job_options import add_job_options, read_job_options, say_end
 from jlora.cli.targets import check_seed, check_targets
-from jlora.cli.wishes import add_output, say_lines
+from jlora.cli.wishes import add_output, add_wish, say_lines
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -25,18 +26,21 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="model folder, or .safetensors file")
     add("--method", default="pissa", help="initializer (default: %(default)s)")
-    group = parser.add_mutually_exclusive_group(required=True)
-    group.add_argument("--rank", type=int, metavar="R", help="rank of every module")
-    group.add_argument(
-        "--energy", type=float, metavar="E", help="part of each weight to hold, (0, 1]"
-    )
+    add_wish(parser)
     add_output(parser)
     add(
         "--targets",
         metavar="REGEX",
         help="matrices to adapt (default: all but embeddings, heads and routers)",
     )
+    add(
+        "--max-rank",
+        type=int,
+        default=256,
+        help="largest rank with --energy and --budget (default: %(default)s)",
+    )
     add("--seed", type=int, default=0, help="of random factors (default: 0)")
+    add_job_options(parser, has_layouts=True)
     return parser
 
 
@@ -44,15 +48,19 @@ def run(arguments: argparse.Namespace) -> None:
     """Run `jlora init`."""
     check_seed(arguments)
     check_targets(arguments)
+    _checks.check_integer(arguments.max_rank, "--max-rank")
     report = initialize_checkpoint(
         arguments.checkpoint,
         arguments.output,
         method=arguments.method,
         rank=arguments.rank,
         energy=arguments.energy,
+        budget=arguments.budget,
+        max_rank=arguments.max_rank,
         targets=arguments.targets,
         portable=not arguments.keep_ranks,
+        **read_job_options(arguments),
         key=jax.random.key(arguments.seed),
     )
     say_lines(report)
-    say(f"wrote {arguments.output}: {len(report.modules)} modules")
+    say_end(arguments, f"{len(report.modules)} modules")

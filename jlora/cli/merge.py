@@ -7,6 +7,7 @@ import argparse
 import jax
 
 from jlora.checkpoints.merge_jobs import merge_checkpoint
+from jlora.cli.job_options import add_job_options, read_job_options, say_end
 from jlora.cli.output import say
 from jlora.cli.targets import check_seed
 from jlora.cli.wishes import split_weights
@@ -39,7 +40,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="how sums become bfloat16 or float16 (default: %(default)s)",
     )
     add("--seed", type=int, default=0, help="of stochastic rounding (default: 0)")
-    add("--dry-run", action="store_true", help="check, say what would be done, stop")
+    add_job_options(parser, has_layouts=True)
     return parser
 
 
@@ -53,12 +54,12 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.output,
         rounding=arguments.rounding,
         key=jax.random.key(arguments.seed) if is_random else None,
-        dry_run=arguments.dry_run,
+        **read_job_options(arguments),
     )
-    verb = "would write" if arguments.dry_run else "wrote"
-    say(
-        f"{verb} {arguments.output}: {len(report.changed)} tensors merged, "
-        f"{report.copied} copied, {report.num_bytes} bytes"
+    say_end(
+        arguments,
+        f"{len(report.changed)} tensors merged, {report.copied} copied, "
+        f"{report.num_bytes} bytes",
     )
     if report.untied:
         say(f"{report.untied}: written apart from its embedding, which changed")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from jlora.checkpoints.adapter_jobs import resize_adapter
-from jlora.cli.output import say
+from jlora.cli.job_options import add_job_options, read_job_options, say_end
 from jlora.cli.wishes import add_output, add_wish, say_lines
 
 
@@ -22,6 +22,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of a PEFT adapter")
     add_wish(parser)
     add_output(parser)
+    add_job_options(parser, has_layouts=False)
     return parser
 
 
@@ -34,6 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
         energy=arguments.energy,
         budget=arguments.budget,
         portable=not arguments.keep_ranks,
+        **read_job_options(arguments),
     )
     say_lines(report)
-    say(f"wrote {arguments.output}: {len(report.modules)} modules")
+    say_end(arguments, f"{len(report.modules)} modules")

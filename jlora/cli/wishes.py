@@ -17,7 +17,7 @@ def add_wish(parser: argparse.ArgumentParser) -> None:
         "--energy",
         type=float,
         metavar="E",
-        help="part of the squared norm of each change to keep, in (0, 1]",
+        help="part of the squared norm of each matrix to keep, in (0, 1]",
     )
     group.add_argument(
         "--budget", type=int, metavar="P", help="numbers in the factors of all modules"

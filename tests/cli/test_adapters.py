@@ -83,7 +83,7 @@ BAD = {
     "resize adapter -o new --rank 0": "`rank` must be at least 1",
     "resize adapter -o new --energy 2": "`energy` must",
     "resize base -o new --rank 2": "must be a file that can be opened",
-    "combine adapter -o /dev/null": "a folder or a new path",
+    "combine adapter -o /dev/null": "does not exist yet, got a device",
     "extract base base -o new --rank 2": "got no difference",
     "extract base adapter -o new --rank 2": "no difference",
     "extract base base -o new --rank 2 --targets (": "`--targets` must",
