@@ -1,0 +1,70 @@
+"""Jobs that are killed at random moments, again and again, until they are whole."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+# A process forks one child for each run, before JAX starts any thread: that saves the
+# import, and so the kills fall into the work itself.
+_LOOP = """
+import os, pathlib, random, shutil, signal, sys, time
+import jlora
+from jlora.checkpoints import window_store
+window_store._WINDOW_BYTES = 1  # one matrix each
+
+def run(output):
+    {job}
+
+output, spare = (pathlib.Path(path) for path in sys.argv[1:3])
+rng = random.Random(0)
+
+def start(path):
+    child = os.fork()
+    if child:
+        return child
+    run(path)
+    os._exit(0)
+
+before = time.perf_counter()
+assert os.waitpid(start(spare), 0)[1] == 0
+duration = time.perf_counter() - before
+num_killed = 0
+while num_killed < int(sys.argv[3]):
+    child = start(output)
+    time.sleep(rng.uniform(0.2, 1.0) * duration)
+    os.kill(child, signal.SIGKILL)
+    if os.waitpid(child, 0)[1] == signal.SIGKILL:
+        num_killed += 1
+        print("killed", output.exists(), flush=True)
+    if output.exists():
+        print("whole", output, flush=True)
+        shutil.move(output, spare.with_name(f"whole-{{num_killed}}"))
+assert os.waitpid(start(output), 0)[1] == 0
+"""
+
+
+def kill_runs(job: str, folder: pathlib.Path, num_kills: int) -> list[pathlib.Path]:
+    """Return the results of a job that was killed many times, the last one completed.
+
+    Args:
+        job: code that writes `output` with `jlora`.
+        folder: for the results.
+        num_kills: how many runs are killed.
+    """
+    command = [sys.executable, "-c", _LOOP.format(job=job)]
+    command += [str(folder / name) for name in ("out", "undisturbed")]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [*command, str(num_kills)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("killed") == num_kills
+    assert not list(folder.glob(".out.partial"))
+    return [folder / "undisturbed", folder / "out", *folder.glob("whole-*")]
+
+
+def list_bytes(folder: pathlib.Path) -> dict[str, bytes]:
+    """Return {relative path: content} of all files of a folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
