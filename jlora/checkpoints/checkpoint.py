@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from jlora.checkpoints.folders import find_files
-from jlora.checkpoints.safetensors import find_dtype
-from jlora.checkpoints.safetensors_header import TensorEntry, read_header
+from jlora.checkpoints.safetensors_header import TensorEntry
+from jlora.checkpoints.sources import list_arrays
+from jlora.checkpoints.stored_arrays import StoredArray
 
 
 class TensorInfo(NamedTuple):
@@ -42,19 +42,19 @@ class Checkpoint(Mapping[str, np.ndarray]):
         >>> folder.cleanup()
     """
 
-    def __init__(self, path: pathlib.Path, tensors: dict[str, Any]) -> None:
+    def __init__(self, path: pathlib.Path, arrays: Mapping[str, StoredArray]) -> None:
         self.path = path
-        self._tensors = tensors  # {name: (file, its state, TensorEntry)}
+        self._arrays = arrays
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return one array, read from its file now and owned by the caller."""
         return self.read_rows(name, 0, None)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self._arrays)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._arrays)
 
     def __repr__(self) -> str:
         return (
@@ -65,59 +65,55 @@ class Checkpoint(Mapping[str, np.ndarray]):
     @property
     def num_bytes(self) -> int:
         """Bytes of all arrays."""
-        return sum(entry.num_bytes for _, _, entry in self._tensors.values())
+        return sum(array.num_bytes for array in self._arrays.values())
 
     @property
     def files(self) -> tuple[pathlib.Path, ...]:
         """The files that hold the arrays, in the order of the names."""
-        return tuple(dict.fromkeys(file for file, _, _ in self._tensors.values()))
+        return tuple(dict.fromkeys(array.file for array in self._arrays.values()))
 
     def info(self, name: str) -> TensorInfo:
         """Return shape, dtype, bytes and file of an array without reading it."""
-        file, _, entry = self._find(name)
-        dtype = find_dtype(entry.dtype)
-        known = entry.dtype if dtype is None else dtype.name
-        return TensorInfo(entry.shape, known, entry.num_bytes, file)
+        array = self._find(name)
+        return TensorInfo(array.shape, array.dtype, array.num_bytes, array.file)
 
     def locate(self, name: str) -> TensorEntry:
-        """Return the place of an array in its file, with the format's own dtype."""
-        return self._find(name)[2]
+        """Return the place of an array in its file, with the format's own dtype.
+
+        Raises:
+            KeyError: no array of this name.
+            ValueError: the file is no .safetensors file.
+        """
+        array = self._find(name)
+        if array.entry is None:
+            raise ValueError(
+                f"{array.file}: must be a .safetensors file for a copy of its bytes, "
+                f"got another at {name}. Write the arrays as .safetensors with "
+                "save_arrays first."
+            )
+        return array.entry
 
     def read_rows(self, name: str, start: int, stop: int | None) -> np.ndarray:
         """Return rows start to stop of an array: entries along its first axis.
 
+        Only these rows are read from .safetensors files, .npy files and members of .npz
+        files that are not compressed. Compressed members are decompressed up to the
+        last row.
+
         Raises:
             KeyError: no array of this name.
-            OSError, ValueError: the file has changed since it was opened, or holds a
-                dtype that NumPy does not know.
+            OSError, ValueError: the file has changed since it was opened, is damaged,
+                or holds a dtype that NumPy does not know.
         """
-        file, state, entry = self._find(name)
-        dtype = find_dtype(entry.dtype)
-        if dtype is None:
-            raise ValueError(
-                f"{file}: must hold dtypes that NumPy knows, got {entry.dtype} at "
-                f"{name}. Convert it first."
-            )
-        if not entry.shape:
-            flat = _read(file, state, name, entry.start, entry.num_bytes, dtype)
-            return flat.reshape(())
+        array = self._find(name)
+        if not array.shape:
+            return array.read_rows(0, 1)
+        first, last, _ = slice(start, stop).indices(array.shape[0])
+        return array.read_rows(first, max(first, last))
 
-        first, last, _ = slice(start, stop).indices(entry.shape[0])
-        shape = (max(last - first, 0), *entry.shape[1:])
-        row_bytes = entry.num_bytes // max(entry.shape[0], 1)
-        flat = _read(
-            file,
-            state,
-            name,
-            entry.start + first * row_bytes,
-            shape[0] * row_bytes,
-            dtype,
-        )
-        return flat.reshape(shape)
-
-    def _find(self, name: str) -> tuple[pathlib.Path, tuple, TensorEntry]:
+    def _find(self, name: str) -> StoredArray:
         try:
-            return self._tensors[name]
+            return self._arrays[name]
         except KeyError:
             raise KeyError(f"{self.path}: has no array {name!r}") from None
 
@@ -130,10 +126,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     unpickled, and no file outside of the folder is read.
 
     Args:
-        path: a .safetensors file; a folder with `model.safetensors`, with one index
-            (`model.safetensors.index.json`) and the files that it names, or with one
-            .safetensors file; a model folder of Hugging Face is one. For .npy and .npz
-            files use `load_arrays`.
+        path: a .safetensors, .npy or .npz file; a folder with `model.safetensors`,
+            with one index (`model.safetensors.index.json`) and the files that it names,
+            or with one .safetensors file; a model folder of Hugging Face is one. The
+            array of a .npy file has the name of the file without its suffix.
 
     Returns:
         `Checkpoint`, a mapping {name: NumPy array} with `info`, `read_rows`, `files`
@@ -142,9 +138,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         OSError: a file cannot be opened.
         ValueError: a damaged file, an index that names a missing file, a file outside
-            of the folder or an array that is not there; pickled weights (.bin, .pt).
+            of the folder or an array that is not there; pickled weights (.bin, .pt),
+            arrays of Python objects.
 
-    Cost: the headers are read. 10,000 arrays take about 0.1 s.
+    Cost: the headers are read. 10,000 arrays take about 0.1 s. A member of a .npz file
+        that is compressed is decompressed each time it is read.
 
     Example:
         >>> import numpy as np, tempfile, jlora
@@ -156,48 +154,4 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         >>> folder.cleanup()
     """
     path = pathlib.Path(path)
-    tensors: dict[str, Any] = {}
-    for file, names in find_files(path).items():
-        entries, state = read_header(file).entries, _find_state(file)
-        absent = [name for name in names or () if name not in entries]
-        if absent:
-            raise ValueError(
-                f"{file}: must hold the arrays that the index names, got none called "
-                f"{absent[0]!r}. Download the file again."
-            )
-        for name, entry in entries.items():
-            if names is not None and name not in names:
-                continue  # of an earlier save, or another file holds it
-            tensors[name] = (file, state, entry)
-    return Checkpoint(path, tensors)
-
-
-def _find_state(file: pathlib.Path) -> tuple[int, int]:
-    status = os.stat(file)
-    return status.st_size, status.st_mtime_ns
-
-
-def _read(
-    file: pathlib.Path,
-    state: tuple[int, int],
-    name: str,
-    start: int,
-    num_bytes: int,
-    dtype: np.dtype,
-) -> np.ndarray:
-    """Return the items of a byte range, read into memory of their own."""
-    items = np.empty(num_bytes // dtype.itemsize, dtype)
-    view, position = memoryview(items.view(np.uint8).data), 0
-    with open(file, "rb", buffering=0) as stream:
-        if _find_state(file) != state:
-            raise ValueError(
-                f"{file}: must not change while it is open, got another file. Open the "
-                "checkpoint again."
-            )
-        stream.seek(start)
-        while position < num_bytes:
-            count = stream.readinto(view[position:])
-            if not count:
-                raise ValueError(f"{file}: ended within {name}. Download it again.")
-            position += count
-    return items
+    return Checkpoint(path, list_arrays(path))

@@ -73,7 +73,7 @@ def initialize_checkpoint(
     run that was interrupted goes on with the next file.
 
     Args:
-        checkpoint: see `open_checkpoint`.
+        checkpoint: .safetensors files, see `open_checkpoint`.
         output: folder to write; it must not exist.
         method: the initializer, as in `Rule`; one that needs no data.
         rank: of every module, or its largest if that is less. None: by energy.
@@ -122,6 +122,8 @@ def initialize_checkpoint(
     source = open_checkpoint(checkpoint)
     is_folder = source.path.is_dir()
     config = read_model_config(source.path)
+    for name in source:
+        source.locate(name)  # refuses formats whose bytes cannot be copied
     names = [name for name in source if _is_target(source, name, targets)]
     if not names:
         raise ValueError(
