@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
+from jlora._types import Float
+from jlora.checkpoints.float_weights import (
+    Scale,
+    find_scales,
+    is_floating,
+    is_fp8,
+    make_scale,
+    read_block_size,
+    scale_rows,
+)
+from jlora.checkpoints.folders import read_model_config
 from jlora.checkpoints.safetensors_header import TensorEntry
 from jlora.checkpoints.sources import list_arrays
 from jlora.checkpoints.stored_arrays import StoredArray
@@ -47,7 +60,11 @@ class Checkpoint(Mapping[str, np.ndarray]):
         self._arrays = arrays
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """Return one array, read from its file now and owned by the caller."""
+        """Return one array, read from its file now and owned by the caller.
+
+        These are the stored values: a weight in fp8 means little without its scale, see
+        `read_dequantized`.
+        """
         return self.read_rows(name, 0, None)
 
     def __iter__(self) -> Iterator[str]:
@@ -71,6 +88,16 @@ class Checkpoint(Mapping[str, np.ndarray]):
     def files(self) -> tuple[pathlib.Path, ...]:
         """The files that hold the arrays, in the order of the names."""
         return tuple(dict.fromkeys(array.file for array in self._arrays.values()))
+
+    @functools.cached_property
+    def scales(self) -> dict[str, str]:
+        """{weight in fp8: the tensor with its scale}, for each that has one."""
+        found = {
+            name: find_scales(name, self._arrays)
+            for name, array in self._arrays.items()
+            if is_fp8(array.dtype)
+        }
+        return {name: scales[0] for name, scales in found.items() if scales}
 
     def info(self, name: str) -> TensorInfo:
         """Return shape, dtype, bytes and file of an array without reading it."""
@@ -111,6 +138,81 @@ class Checkpoint(Mapping[str, np.ndarray]):
         first, last, _ = slice(start, stop).indices(array.shape[0])
         return array.read_rows(first, max(first, last))
 
+    def read_dequantized(
+        self,
+        name: str,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        dtype: DTypeLike = np.float32,
+    ) -> Float[np.ndarray, ...]:
+        """Return a weight in floating point, an fp8 one multiplied by its scale.
+
+        The scale is the tensor `<name>_scale_inv` (a number for each block) or
+        `<name>_scale` (one number, or one for each row). The size of the blocks is
+        `quantization_config.weight_block_size` of config.json; without it, the shapes
+        must leave no choice. A weight of 16 to 64 bits is only cast.
+
+        Args:
+            name: of the weight.
+            start: first row.
+            stop: row after the last one. None: all.
+            dtype: of the result and of the product, float32 or float64.
+
+        Raises:
+            KeyError: no array of this name.
+            OSError, ValueError: as `read_rows`; an fp8 weight without a scale, a scale
+                of another shape, an array that is no floating point.
+            TypeError: `dtype` is neither float32 nor float64.
+
+        Example:
+            >>> import ml_dtypes, numpy as np, tempfile, jlora
+            >>> folder = tempfile.TemporaryDirectory()
+            >>> w = np.ones((2, 2), ml_dtypes.float8_e4m3fn)
+            >>> arrays = {"w": w, "w_scale": np.array([[0.5], [2.0]], np.float32)}
+            >>> jlora.save_arrays(f"{folder.name}/w.safetensors", arrays)
+            >>> checkpoint = jlora.checkpoints.open_checkpoint(folder.name)
+            >>> checkpoint.read_dequantized("w").tolist()
+            [[0.5, 0.5], [2.0, 2.0]]
+            >>> folder.cleanup()
+        """
+        if np.dtype(dtype) not in (np.float32, np.float64):
+            raise TypeError(
+                f"`dtype` must be float32 or float64, got {np.dtype(dtype)}. Cast the "
+                "result."
+            )
+        array = self._find(name)
+        if is_fp8(array.dtype):
+            scale = self._read_scale(name)  # refused before the weight is read
+            rows = self.read_rows(name, start, stop).astype(dtype)
+            first = slice(start, stop).indices(array.shape[0])[0] if array.shape else 0
+            scale_rows(rows, scale, first)
+            return rows
+        if not is_floating(array.dtype):
+            raise ValueError(
+                f"{array.file}: {name} must be floating of 8 to 64 bits, got "
+                f"{array.dtype}. Read it with `checkpoint[name]`."
+            )
+        return self.read_rows(name, start, stop).astype(dtype, copy=False)
+
+    def _read_scale(self, name: str) -> Scale:
+        """Return the scale of an fp8 weight, which must have exactly one."""
+        found, array = find_scales(name, self._arrays), self._arrays[name]
+        if len(found) != 1:
+            raise ValueError(
+                f"{array.file}: {name} is in fp8 and must have one scale, "
+                f"{name}_scale_inv or {name}_scale, got {len(found)} of them. Download "
+                "the whole model, or choose one in bfloat16."
+            )
+        try:
+            return make_scale(self[found[0]], found[0], array.shape, self._block_size)
+        except ValueError as error:
+            raise ValueError(f"{self._arrays[found[0]].file}: {error}") from None
+
+    @functools.cached_property
+    def _block_size(self) -> tuple[int, int] | None:
+        return read_block_size(read_model_config(self.path), self.path)
+
     def _find(self, name: str) -> StoredArray:
         try:
             return self._arrays[name]
@@ -132,8 +234,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             array of a .npy file has the name of the file without its suffix.
 
     Returns:
-        `Checkpoint`, a mapping {name: NumPy array} with `info`, `read_rows`, `files`
-        and `num_bytes`. The names are in the order of the files and of their data.
+        `Checkpoint`, a mapping {name: NumPy array} with `info`, `read_rows`,
+        `read_dequantized`, `scales`, `files` and `num_bytes`. The names are in the
+        order of the files and of their data.
 
     Raises:
         OSError: a file cannot be opened.

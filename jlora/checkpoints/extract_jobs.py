@@ -28,6 +28,7 @@ from jlora.checkpoints.adapter_ranks import (
 )
 from jlora.checkpoints.architectures import find_module, is_inputs_first, is_one_expert
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from jlora.checkpoints.float_weights import is_floating, is_fp8
 from jlora.checkpoints.folders import read_model_config
 from jlora.checkpoints.output_folder import check_target
 from jlora.checkpoints.peft import format_adapter
@@ -69,7 +70,8 @@ def extract_checkpoint(
     """Write the difference of two checkpoints as a PEFT adapter, and return a report.
 
     Each matrix of the difference is subtracted in float32 and truncated to its leading
-    singular triplets. One matrix of each checkpoint is in memory at a time.
+    singular triplets. One matrix of each checkpoint is in memory at a time. Weights in
+    fp8 are dequantised with their scales, see `Checkpoint.read_dequantized`.
 
     Args:
         base: checkpoint before fine-tuning, see `open_checkpoint`.
@@ -93,7 +95,7 @@ def extract_checkpoint(
     Raises:
         OSError: a file cannot be read or written.
         ValueError: not exactly one of rank, energy and budget, damaged files, NaN or
-            Inf, nothing that differs.
+            Inf, a weight in fp8 without its scale, nothing that differs.
 
     Cost: one `randomized_svd` of each matrix.
 
@@ -123,11 +125,14 @@ def extract_checkpoint(
 
     found: dict[str, _Found] = {}
     saved: dict[str, np.ndarray] = {}
-    skipped = [(name, "is in the base only") for name in old if name not in new]
-    bar = Progress("extract", len(new), enabled=progress, unit="tensors")
+    scales = {*old.scales.values(), *new.scales.values()}  # read with their weights
+    names = [name for name in new if name not in scales]
+    gone = [name for name in old if name not in new and name not in scales]
+    skipped = [(name, "is in the base only") for name in gone]
+    bar = Progress("extract", len(names), enabled=progress, unit="tensors")
     waiting = 0
     try:
-        for name in new:
+        for name in names:
             reason = _why_not(old, new, name, targets)
             if reason is None:
                 change = _decompose(old, new, name, config, max_rank, key)
@@ -135,7 +140,7 @@ def extract_checkpoint(
                     found[find_module(name)] = change
             elif modules_to_save is not None and re.search(modules_to_save, name):
                 if _differs(old, new, name):
-                    saved[name] = new[name]
+                    saved[name] = _read(new, name)
             elif _differs(old, new, name):
                 skipped.append((name, reason))
             waiting += 1
@@ -176,21 +181,28 @@ def _why_not(old: Checkpoint, new: Checkpoint, name: str, targets: str) -> str |
         return f"has the shape {one.shape} in the base and {other.shape} after it"
     if is_one_expert(name):
         return "is one of many experts, which PEFT adapts as a stack"
-    if not (_is_floating(one.dtype) and _is_floating(other.dtype)):
+    if not all(is_floating(d) or is_fp8(d) for d in (one.dtype, other.dtype)):
         return f"has the dtypes {one.dtype} and {other.dtype}"
     if len(one.shape) != 2 or 0 in one.shape:
         return f"has the shape {one.shape}, which is no matrix"
     return None if re.search(targets, name) else "is no target"
 
 
-def _is_floating(dtype: str) -> bool:
-    return dtype in ("float16", "bfloat16", "float32", "float64")
-
-
 def _differs(old: Checkpoint, new: Checkpoint, name: str) -> bool:
+    """Return whether a tensor or its scale has other bytes."""
     if name not in old or old.info(name)[:2] != new.info(name)[:2]:
         return True
-    return old[name].tobytes() != new[name].tobytes()
+    if old[name].tobytes() != new[name].tobytes():
+        return True
+    scale = new.scales.get(name)
+    return scale is not None and _differs(old, new, scale)
+
+
+def _read(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    """Return a tensor, in its dtype or dequantised to float32 if that is fp8."""
+    if is_fp8(checkpoint.info(name).dtype):
+        return checkpoint.read_dequantized(name)
+    return checkpoint[name]
 
 
 def _decompose(
@@ -202,7 +214,7 @@ def _decompose(
     key: PRNGKey,
 ) -> _Found | None:
     """Return the leading triplets of one change, or None if there is none."""
-    w, w_old = new[name], old[name]
+    w, w_old = _read(new, name), _read(old, name)
     count = min(max_rank, *w.shape)
     svd, rest, is_finite = jax.device_get(
         _decompose_difference(w, w_old, fold_path(key, name), count)

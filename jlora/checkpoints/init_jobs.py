@@ -28,6 +28,11 @@ from jlora.checkpoints.architectures import (
     is_one_expert,
 )
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from jlora.checkpoints.float_weights import (
+    check_changeable,
+    is_floating,
+    is_fp8,
+)
 from jlora.checkpoints.folders import find_side_files, read_model_config
 from jlora.checkpoints.init_report import report_adapted
 from jlora.checkpoints.json_files import write_json
@@ -91,7 +96,8 @@ def initialize_checkpoint(
     Raises:
         OSError: a file cannot be read or written.
         ValueError: not exactly one of rank and energy, a method that needs data,
-            damaged files, NaN or Inf, no matrix that `targets` matches.
+            damaged files, a weight in fp8, NaN or Inf, no matrix that `targets`
+            matches.
 
     Cost: as `adapt`, and a copy of the files.
 
@@ -252,13 +258,17 @@ def _finish(
 
 def _is_target(source: Checkpoint, name: str, targets: str | None) -> bool:
     info = source.info(name)
-    is_float = info.dtype in ("float16", "bfloat16", "float32", "float64")
+    is_float = is_floating(info.dtype) or is_fp8(info.dtype)
     if len(info.shape) != 2 or 0 in info.shape or not is_float or is_one_expert(name):
         return False
-    if targets is not None:
-        return re.search(targets, name) is not None
-    is_embedding = re.search(EMBEDDINGS, find_module(name)) is not None
-    return not is_embedding and re.search(_NOT_TARGETS, name) is None
+    if targets is None:
+        is_embedding = re.search(EMBEDDINGS, find_module(name)) is not None
+        is_chosen = not is_embedding and re.search(_NOT_TARGETS, name) is None
+    else:
+        is_chosen = re.search(targets, name) is not None
+    if is_chosen:
+        check_changeable(info.file, name, info.dtype)
+    return is_chosen
 
 
 def _hash_name(name: str) -> int:
