@@ -5,6 +5,7 @@ checkpoint          `open_checkpoint`: arrays of a file or folder, read when use
 sources             which arrays a path holds, in any of the formats
 stored_arrays       arrays that are read on use, and those of safetensors files
 numpy_arrays        those of .npy and .npz files
+orbax_arrays        leaves of Orbax checkpoints
 float_weights       weights in floating point, and scales of the ones in fp8
 members             members of an archive, stored or compressed
 peft                `save_peft`, `load_peft`: adapters in PEFT's files

@@ -161,9 +161,13 @@ def is_conv1d(module: str, model_type: str | None) -> bool:
 
 
 def is_inputs_first(module: str, model_type: str | None) -> bool:
-    """Return whether a matrix is stored as [in, out]: Conv1D layers and embeddings."""
+    """Return whether a matrix is stored as [in, out].
+
+    Conv1D layers and embeddings are, and the kernels of Flax.
+    """
     is_embedding = re.search(EMBEDDINGS, module) is not None
-    return is_embedding or is_conv1d(module, model_type)
+    is_kernel = re.search(r"\.kernel(\.value)?$", module) is not None
+    return is_embedding or is_kernel or is_conv1d(module, model_type)
 
 
 def has_experts_io(model_type: str | None) -> bool:

@@ -86,7 +86,10 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     @property
     def files(self) -> tuple[pathlib.Path, ...]:
-        """The files that hold the arrays, in the order of the names."""
+        """The files that hold the arrays, in the order of the names.
+
+        For Orbax this is the folder of the tree.
+        """
         return tuple(dict.fromkeys(array.file for array in self._arrays.values()))
 
     @functools.cached_property
@@ -109,7 +112,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
         Raises:
             KeyError: no array of this name.
-            ValueError: the file is no .safetensors file.
+            ValueError: it is in no .safetensors file.
         """
         array = self._find(name)
         if array.entry is None:
@@ -125,7 +128,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
         Only these rows are read from .safetensors files, .npy files and members of .npz
         files that are not compressed. Compressed members are decompressed up to the
-        last row.
+        last row, and leaves of Orbax are restored whole.
 
         Raises:
             KeyError: no array of this name.
@@ -231,7 +234,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         path: a .safetensors, .npy or .npz file; a folder with `model.safetensors`,
             with one index (`model.safetensors.index.json`) and the files that it names,
             or with one .safetensors file; a model folder of Hugging Face is one. The
-            array of a .npy file has the name of the file without its suffix.
+            array of a .npy file has the name of the file without its suffix. Or a
+            folder of Orbax: a tree, or a step with the item "default" or "params" or
+            with one item. Its leaves have the names of their paths, joined with ".".
 
     Returns:
         `Checkpoint`, a mapping {name: NumPy array} with `info`, `read_rows`,
@@ -239,13 +244,16 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         order of the files and of their data.
 
     Raises:
+        ImportError: an Orbax checkpoint, without orbax-checkpoint (`jlora[train]`).
         OSError: a file cannot be opened.
         ValueError: a damaged file, an index that names a missing file, a file outside
             of the folder or an array that is not there; pickled weights (.bin, .pt),
-            arrays of Python objects.
+            arrays of Python objects, an Orbax checkpoint that is not finished.
 
     Cost: the headers are read. 10,000 arrays take about 0.1 s. A member of a .npz file
-        that is compressed is decompressed each time it is read.
+        that is compressed is decompressed each time it is read. A leaf of an Orbax
+        checkpoint is read whole, and so is each list that it is in; each takes 5 ms
+        more, or 50 ms among 2,000 leaves.
 
     Example:
         >>> import numpy as np, tempfile, jlora

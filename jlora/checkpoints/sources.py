@@ -6,6 +6,7 @@ import pathlib
 
 from jlora.checkpoints.folders import find_files
 from jlora.checkpoints.numpy_arrays import SUFFIXES, list_numpy_arrays
+from jlora.checkpoints.orbax_arrays import is_orbax, list_orbax_arrays
 from jlora.checkpoints.safetensors_header import read_header
 from jlora.checkpoints.stored_arrays import (
     SafetensorsArray,
@@ -22,6 +23,8 @@ def list_arrays(path: pathlib.Path) -> dict[str, StoredArray]:
     """
     if path.suffix in SUFFIXES and not path.is_dir():
         return dict(list_numpy_arrays(path))
+    if path.is_dir() and is_orbax(path):
+        return dict(list_orbax_arrays(path))
     return dict(_list_tensors(path))
 
 
