@@ -250,10 +250,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             of the folder or an array that is not there; pickled weights (.bin, .pt),
             arrays of Python objects, an Orbax checkpoint that is not finished.
 
-    Cost: the headers are read. 10,000 arrays take about 0.1 s. A member of a .npz file
-        that is compressed is decompressed each time it is read. A leaf of an Orbax
-        checkpoint is read whole, and so is each list that it is in; each takes 5 ms
-        more, or 50 ms among 2,000 leaves.
+    Cost: the headers are read. 10,000 arrays take about 0.1 s in a .safetensors
+        file and 0.5 s in a .npz file. A member of a .npz file that is compressed is
+        decompressed each time it is read. Orbax needs 1 s to open 2,000 leaves, and
+        0.05 s beside the data for each leaf of them. It reads leaves whole, and with
+        one of a list the whole list.
 
     Example:
         >>> import numpy as np, tempfile, jlora
