@@ -2,6 +2,12 @@
 
 arrays              `load_arrays`, `save_arrays`: .npy, .npz and .safetensors files
 checkpoint          `open_checkpoint`: arrays of a file or folder, read when used
+sources             which arrays a path holds, in any of the formats
+stored_arrays       arrays that are read on use, and those of safetensors files
+numpy_arrays        those of .npy and .npz files
+orbax_arrays        leaves of Orbax checkpoints
+float_weights       weights in floating point, and scales of the ones in fp8
+members             members of an archive, stored or compressed
 peft                `save_peft`, `load_peft`: adapters in PEFT's files
 peft_reader         `read_peft`: everything that such an adapter holds
 peft_config         their configuration, ranks and scales
@@ -28,7 +34,7 @@ output_folder       a folder that appears whole
 folders             which files of a folder hold which arrays
 safetensors_header  where the tensors of a safetensors file lie
 safetensors         the dtypes of the format, and its writer
-numpy_files         NumPy's formats, read without trust
+numpy_files         headers of NumPy's formats, read without trust, and writers
 json_files          JSON files, read without trust
 files               files that are written completely or not at all
 """

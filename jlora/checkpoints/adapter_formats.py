@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from jlora.checkpoints.adapter_names import pair_names, parse_names
-from jlora.checkpoints.arrays import load_arrays
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from jlora.checkpoints.diffusers_scales import METADATA_KEY, read_scales
 from jlora.checkpoints.kohya_modules import match_modules
@@ -85,7 +84,7 @@ def load_adapter(
         _refuse_given(path, "PEFT", scale=scale, modules=modules)
         return load_peft(path)[0]
 
-    arrays = load_arrays(path) if path.suffix == ".npz" else open_checkpoint(path)
+    arrays = open_checkpoint(path)
     keys = parse_names(path, arrays)
     pairs = pair_names(path, keys)
     kind = next(iter(keys.values())).format

@@ -29,12 +29,13 @@ class Family(NamedTuple):
     """How a family of models stores its weights."""
 
     model_types: tuple[str, ...]  # of config.json; empty: all others
-    inputs_first: str = r"(?!)"  # modules stored as [in, out]; the default matches none
+    inputs_first: str = r"(?!)"  # modules stored as [in, out]; (?!) matches none
     has_experts_io: bool = False  # whether experts are stored as [experts, in, out]
     # Module of the embedding, and of the head that uses the same weight if tied.
     tied: tuple[str, str] = ("embed_tokens", "lm_head")
 
 
+_KERNEL = r"\.kernel(\.value)?$"  # of Flax
 _CONV1D = r"\.(c_attn|c_proj|c_fc|q_attn)$"  # layers of the class Conv1D
 _OTHERS = Family(())
 FAMILIES = (
@@ -184,8 +185,8 @@ def find_layout(module: str, model_type: str | None, layouts: Layouts) -> str | 
     if given is not None:
         return given
     family = find_family(model_type)
-    is_io = re.search(EMBEDDINGS, module) or re.search(family.inputs_first, module)
-    return "io" if is_io else None
+    patterns = (EMBEDDINGS, _KERNEL, family.inputs_first)
+    return "io" if any(re.search(each, module) for each in patterns) else None
 
 
 def match_layout(module: str, layouts: Layouts) -> str | None:

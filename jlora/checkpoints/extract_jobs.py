@@ -32,11 +32,11 @@ from jlora.checkpoints.factor_store import (
     plan_stored_adapter,
     read_spectra,
 )
+from jlora.checkpoints.float_weights import is_floating, is_fp8
 from jlora.checkpoints.folders import read_model_config
 from jlora.checkpoints.lazy_tensors import LazyTensor
 from jlora.checkpoints.memory import check_max_memory
 from jlora.checkpoints.modules import (
-    FLOATS,
     StoredModule,
     is_target,
     list_matrices,
@@ -72,8 +72,9 @@ def extract_checkpoint(
 
     Each matrix of the difference is subtracted in float32 and truncated to its leading
     singular triplets. Blocks of the checkpoints and one difference are in memory at a
-    time. The folder appears when it is whole; a run that was interrupted goes on where
-    it was.
+    time. Weights in fp8 are dequantised with their scales, see
+    `Checkpoint.read_dequantized`. The folder appears when it is whole; a run that was
+    interrupted goes on where it was.
 
     Args:
         base: checkpoint before fine-tuning, see `open_checkpoint`.
@@ -104,8 +105,8 @@ def extract_checkpoint(
     Raises:
         OSError: a file cannot be read or written.
         ValueError: not exactly one of rank, energy and budget, damaged files, NaN or
-            Inf, nothing that differs, a matrix that does not fit in `max_memory`, an
-            output that exists or has no room.
+            Inf, a weight in fp8 without its scale, nothing that differs, a matrix that
+            does not fit in `max_memory`, an output that exists or has no room.
 
     Cost: one `randomized_svd` of each matrix.
 
@@ -212,7 +213,10 @@ def _why_not(old: Checkpoint, new: Checkpoint, name: str) -> str | None:
     one, other = old.info(name), new.info(name)
     if one.shape != other.shape:
         return f"has the shape {one.shape} in the base and {other.shape} after it"
-    if one.dtype != other.dtype and not {one.dtype, other.dtype} <= {*FLOATS}:
+    dtypes = (one.dtype, other.dtype)
+    if one.dtype != other.dtype and not all(
+        is_floating(d) or is_fp8(d) for d in dtypes
+    ):
         return f"has the dtypes {one.dtype} and {other.dtype}"
     return None
 
@@ -228,25 +232,29 @@ def _list_others(
     Only tensors that differ are in either of them.
     """
     saved = {}
-    skipped = [(name, "is in the base only") for name in old if name not in new]
+    scales = {*old.scales.values(), *new.scales.values()}  # read with their weights
+    gone = [name for name in old if name not in new and name not in scales]
+    skipped = [(name, "is in the base only") for name in gone]
     for name, reason in reasons.items():
-        if not _differs(old, new, name):
+        if name in scales or not _differs(old, new, name):
             continue
         if modules_to_save is not None and re.search(modules_to_save, name):
-            saved[name] = LazyTensor(new, name)
+            saved[name] = LazyTensor(new, name).dequantize()
         else:
             skipped.append((name, reason))
     return saved, skipped
 
 
 def _differs(old: Checkpoint, new: Checkpoint, name: str) -> bool:
+    """Return whether a tensor or its scale has other bytes."""
     if name not in old or old.info(name)[:2] != new.info(name)[:2]:
         return True
     shape = old.info(name).shape
     num_rows = shape[0] if shape else 1
     step = max(1, _BLOCK // max(math.prod(shape[1:]), 1))
-    return any(
-        old.read_rows(name, start, start + step).tobytes()
-        != new.read_rows(name, start, start + step).tobytes()
-        for start in range(0, num_rows, step)
-    )
+    for start in range(0, num_rows, step):
+        rows = (each.read_rows(name, start, start + step) for each in (old, new))
+        if len({array.tobytes() for array in rows}) > 1:
+            return True
+    scale = new.scales.get(name)
+    return scale is not None and _differs(old, new, scale)

@@ -28,8 +28,8 @@ def find_files(path: pathlib.Path) -> dict[pathlib.Path, set[str] | None]:
         raise ValueError(_refuse_pickle(path))
     if not stat.S_ISREG(mode) or path.suffix != ".safetensors":
         raise ValueError(
-            f"{path}: must be a .safetensors file or a folder with some, got another. "
-            "For .npy and .npz files use load_arrays."
+            f"{path}: must be a .safetensors file, an .npy or .npz file or a folder "
+            "of a model, got another. Name one of them."
         )
     return {path: None}
 

@@ -27,6 +27,7 @@ from jlora.checkpoints.factor_store import (
     plan_stored_adapter,
     read_spectra,
 )
+from jlora.checkpoints.float_weights import check_changeable
 from jlora.checkpoints.folders import read_model_config
 from jlora.checkpoints.initial_bases import has_moved, write_bases
 from jlora.checkpoints.initial_factors import (
@@ -75,7 +76,7 @@ def initialize_checkpoint(
     time. A run that was interrupted goes on where it was.
 
     Args:
-        checkpoint: see `open_checkpoint`.
+        checkpoint: .safetensors files, see `open_checkpoint`.
         output: folder to write; it must not exist.
         method: the initializer, as in `Rule`; one that needs no data.
         rank: of every module, or its largest if that is less. None: not by rank.
@@ -104,8 +105,9 @@ def initialize_checkpoint(
     Raises:
         OSError: a file cannot be read or written.
         ValueError: not exactly one of rank, energy and budget, a method that needs data
-            or has no base, damaged files, NaN or Inf, no matrix that `targets` matches,
-            one that does not fit in `max_memory`, an output that exists or has no room.
+            or has no base, damaged files, a weight in fp8, NaN or Inf, no matrix that
+            `targets` matches, one that does not fit in `max_memory`, an output that
+            exists or has no room.
 
     Cost: as `adapt`, and a copy of the files; with `energy` and `budget` one
         `randomized_svd` of each weight more.
@@ -250,6 +252,12 @@ def _list_targets(
             f"{source.path}: must hold a matrix that `targets` matches, got none. "
             "List the names with `jlora show`."
         )
+    for name in source:
+        source.locate(name)  # refuses formats whose bytes cannot be copied
+    for module in chosen:
+        for piece in module.pieces:
+            info = source.info(piece.tensor)
+            check_changeable(info.file, piece.tensor, info.dtype)
     skipped = [
         (name, reason)
         for name, reason in reasons.items()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jlora.adaptation.lazy_arrays import LazyArray
+from jlora.checkpoints.float_weights import is_fp8
 
 if TYPE_CHECKING:
     from jlora.checkpoints.checkpoint import Checkpoint
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 class LazyTensor(LazyArray):
     """An array of an open checkpoint, read from its file each time it is used."""
+
+    _is_dequantized = False
 
     def __init__(self, checkpoint: Checkpoint, name: str) -> None:
         info = checkpoint.info(name)
@@ -25,4 +28,16 @@ class LazyTensor(LazyArray):
 
     def read(self) -> np.ndarray:
         """Return the values."""
+        if self._is_dequantized:
+            return self._checkpoint.read_dequantized(self.name)
         return self._checkpoint[self.name]
+
+    def dequantize(self) -> LazyTensor:
+        """Return the tensor in float32 if it is stored in fp8, else itself."""
+        if not is_fp8(self.dtype.name):
+            return self
+        found = LazyTensor(self._checkpoint, self.name)
+        found._is_dequantized = True
+        found.dtype = np.dtype(np.float32)
+        found.nbytes = 4 * found.nbytes
+        return found

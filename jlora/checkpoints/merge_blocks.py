@@ -9,7 +9,6 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
-from jlora import _checks
 from jlora._types import PRNGKey
 from jlora.adaptation.paths import fold_path
 from jlora.checkpoints.changes import Change
@@ -91,11 +90,6 @@ def _merge_rows(
     name: str,
 ) -> np.ndarray:
     """Return some rows of a tensor, changed, in its dtype."""
-    if not _checks.is_floating(block.dtype):
-        raise ValueError(
-            f"{name}: must be floating of 16 to 64 bits to be changed, got "
-            f"{block.dtype}. Dequantise the model first."
-        )
     dtype, stop = block.dtype, start + len(block)
     wide = np.dtype(np.float64 if dtype == np.float64 else np.float32)
 

@@ -74,7 +74,7 @@ def merge_checkpoint(
     `tie_word_embeddings` becomes false.
 
     Args:
-        base: checkpoint, see `open_checkpoint`.
+        base: .safetensors files, see `open_checkpoint`.
         adapters: folder of an adapter, several of them, or {folder: weight}. Their
             deltas are added, without cross terms.
         output: folder to write; it must not exist.

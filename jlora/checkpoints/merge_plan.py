@@ -11,6 +11,7 @@ import numpy as np
 
 from jlora.checkpoints.changes import Change
 from jlora.checkpoints.checkpoint import Checkpoint
+from jlora.checkpoints.float_weights import check_changeable, is_fp8
 from jlora.checkpoints.json_files import write_json
 from jlora.checkpoints.output_folder import copy_file
 from jlora.checkpoints.peft_config import CONFIG_NAME, MODEL_NAME
@@ -41,12 +42,18 @@ def plan_files(
         tensor = OutputTensor(
             name, *place[:2], place.num_bytes, name, changes.get(name)
         )
-        files[checkpoint.info(name).file].append(tensor)
-        if tensor.change is not None and tensor.change.value is not None:
-            _check_shape(name, tensor.change.value, place.shape)
+        info = checkpoint.info(name)
+        files[info.file].append(tensor)
+        if tensor.change is not None:
+            value = tensor.change.value
+            if value is not None:
+                _check_shape(name, value, place.shape)
+            if value is None or is_fp8(info.dtype):
+                check_changeable(info.file, name, info.dtype)
+
         if untied is not None and untied.embedding == name:
             head = tensor._replace(name=untied.head, change=untied.change)
-            files[checkpoint.info(name).file].append(head)
+            files[info.file].append(head)
 
     # A whole module that the base lacks, such as a new head of a classifier.
     last = checkpoint.files[-1]

@@ -20,8 +20,7 @@ from jlora.checkpoints.architectures import (
     is_one_expert,
 )
 from jlora.checkpoints.checkpoint import Checkpoint
-
-FLOATS = ("float16", "bfloat16", "float32", "float64")
+from jlora.checkpoints.float_weights import is_floating, is_fp8
 
 
 class StoredModule(NamedTuple):
@@ -72,7 +71,10 @@ def list_modules(
     """
     reasons: dict[str, str] = {}
     groups: dict[str, list[str]] = {}
+    scales = {*checkpoint.scales.values()}  # read with their weights
     for name in checkpoint:
+        if name in scales:
+            continue
         reason = _why_no_matrix(checkpoint, name)
         if reason is None:
             groups.setdefault(find_module(name), []).append(name)
@@ -120,7 +122,10 @@ def read_matrix(checkpoint: Checkpoint, ref: MatrixRef) -> np.ndarray:
 def read_rows(
     checkpoint: Checkpoint, ref: MatrixRef, start: int, stop: int
 ) -> np.ndarray:
-    """Return rows of one matrix in the layout and the dtype of the file."""
+    """Return rows of one matrix in the layout of the file.
+
+    They have the dtype of the file; a weight in fp8 is dequantised to float32.
+    """
     parts, offset = [], 0
     for piece in ref.module.pieces:
         if piece.expert not in (None, ref.index):
@@ -131,17 +136,23 @@ def read_rows(
         if first >= last:
             continue
         if stack:
-            expert = checkpoint.read_rows(piece.tensor, ref.index, ref.index + 1)[0]
+            expert = _read(checkpoint, piece.tensor, ref.index, ref.index + 1)[0]
             parts.append(expert[first:last])
         else:
-            parts.append(checkpoint.read_rows(piece.tensor, first, last))
+            parts.append(_read(checkpoint, piece.tensor, first, last))
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _read(checkpoint: Checkpoint, name: str, start: int, stop: int) -> np.ndarray:
+    if is_fp8(checkpoint.info(name).dtype):
+        return checkpoint.read_dequantized(name, start, stop)
+    return checkpoint.read_rows(name, start, stop)
 
 
 def _why_no_matrix(checkpoint: Checkpoint, name: str) -> str | None:
     """Return why a tensor has no factors, or None if it can have some."""
     shape, dtype = checkpoint.info(name)[:2]
-    if dtype not in FLOATS:
+    if not (is_floating(dtype) or is_fp8(dtype)):
         return f"has the dtype {dtype}"
     is_stack = len(shape) == 3 and _is_stacked(name)
     if (len(shape) != 2 and not is_stack) or 0 in shape:

@@ -1,6 +1,6 @@
 """NumPy's formats, .npy and .npz, read without trust in a single byte.
 
-Headers are checked against the bytes that are there before memory is taken for them.
+A header is checked against the bytes that follow it before memory is taken for them.
 Nothing is unpickled.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import math
-import os
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -19,50 +18,31 @@ import numpy as np
 
 _MAGIC = b"\x93NUMPY"
 _MAX_HEADER_BYTES = 10_000  # NumPy's own limit; ast.literal_eval needs one
-# Deflate cannot expand a byte to more than this.
-_MAX_EXPANSION = 1032
 
 
-class _Header(NamedTuple):
-    """What a .npy file says of its array."""
+class ArrayHeader(NamedTuple):
+    """The dtype and shape of the array in a .npy file, and the order of its bytes."""
 
-    dtype: np.dtype
+    dtype: np.dtype  # as stored; `to_native` gives the array's own
     shape: tuple[int, ...]
     is_fortran: bool
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the array."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
-def read_npy(file: BinaryIO, num_bytes: int) -> np.ndarray:
-    """Return the array of an open .npy file that has `num_bytes` bytes.
 
-    Two-byte void items are read as bfloat16, and foreign byte orders are swapped.
+def read_header(file: BinaryIO, num_bytes: int) -> tuple[ArrayHeader, int]:
+    """Return the header of a .npy file, and the number of bytes before the data.
+
+    Args:
+        file: open at its start.
+        num_bytes: of the file, which has to hold the array and nothing else.
 
     Raises:
         ValueError: the file is damaged, truncated, or holds Python objects.
     """
-    header, header_bytes = _read_header(file)
-    needed = math.prod(header.shape) * header.dtype.itemsize
-    found = num_bytes - header_bytes
-    if needed != found:
-        raise ValueError(f"the array needs {needed} bytes, and {found} follow")
-
-    data = np.empty(needed, np.uint8)
-    view, position = memoryview(data.data), 0
-    while position < needed:
-        count = file.readinto(view[position:])  # type: ignore[attr-defined]
-        if not count:
-            raise ValueError(f"the array needs {needed} bytes, got {position}")
-        position += count
-
-    array = data.view(header.dtype)
-    if header.is_fortran:
-        array = array.reshape(header.shape[::-1]).T
-    else:
-        array = array.reshape(header.shape)
-    return _to_native(array)
-
-
-def _read_header(file: BinaryIO) -> tuple[_Header, int]:
-    """Return the header of a .npy file, and the number of its bytes."""
     start = file.read(len(_MAGIC) + 2)
     if len(start) < len(_MAGIC) + 2 or not start.startswith(_MAGIC):
         raise ValueError("it does not start like a .npy file")
@@ -80,10 +60,17 @@ def _read_header(file: BinaryIO) -> tuple[_Header, int]:
     text = file.read(length)
     if len(text) < length:
         raise ValueError("the header is truncated")
-    return _parse_header(text), len(start) + len(field) + length
+
+    header, header_bytes = _parse_header(text), len(start) + len(field) + length
+    if header.num_bytes != num_bytes - header_bytes:
+        raise ValueError(
+            f"the array needs {header.num_bytes} bytes, and "
+            f"{num_bytes - header_bytes} follow"
+        )
+    return header, header_bytes
 
 
-def _parse_header(text: bytes) -> _Header:
+def _parse_header(text: bytes) -> ArrayHeader:
     """Return the header that a text describes."""
     entries = ast.literal_eval(text.decode("utf-8").strip())
     if not (
@@ -103,59 +90,24 @@ def _parse_header(text: bytes) -> _Header:
         raise ValueError("it holds Python objects, which are never unpickled")
     if dtype.itemsize == 0:
         raise ValueError(f"the items of dtype {dtype} have no bytes")
-    return _Header(dtype, shape, entries["fortran_order"])
+    if dtype.shape:
+        raise ValueError(f"the items of dtype {dtype} are arrays themselves")
+    return ArrayHeader(dtype, shape, entries["fortran_order"])
 
 
-def _to_native(array: np.ndarray) -> np.ndarray:
-    """Return the array in the byte order of the machine; void pairs as bfloat16."""
-    if array.dtype == np.dtype("V2"):
-        return array.view(ml_dtypes.bfloat16)
-    if array.dtype.isnative:
-        return array
-    return array.astype(array.dtype.newbyteorder("="))
+def find_native(dtype: np.dtype) -> np.dtype:
+    """Return the dtype in the byte order of the machine; void pairs are bfloat16."""
+    if dtype == np.dtype("V2"):
+        return np.dtype(ml_dtypes.bfloat16)
+    return dtype if dtype.isnative else dtype.newbyteorder("=")
 
 
-def read_npz(file: BinaryIO, num_bytes: int) -> dict[str, np.ndarray]:
-    """Return {name: array} of an open .npz file that has `num_bytes` bytes.
-
-    Each member is opened by its own entry: NumPy's reader takes the member "a.npy" for
-    an array with the name "a.npy", whose member is "a.npy.npy".
-
-    Raises:
-        ValueError, zipfile.BadZipFile: the file is damaged, or holds anything else.
-    """
-    arrays: dict[str, np.ndarray] = {}
-    with zipfile.ZipFile(file) as archive:
-        members = archive.infolist()
-        if sum(member.compress_size for member in members) > num_bytes:
-            raise ValueError("its members are larger than the file")
-        for member in members:
-            name = _check_member(member)
-            if name in arrays:
-                raise ValueError(f"it holds {name!r} twice")
-            with archive.open(member) as stream:
-                arrays[name] = read_npy(stream, member.file_size)  # type: ignore[arg-type]
-                stream.read(1)  # at the end of the member its checksum is compared
-    return arrays
-
-
-def _check_member(member: zipfile.ZipInfo) -> str:
-    """Return the name of the array in a member of an archive."""
-    if not member.filename.endswith(".npy"):
-        raise ValueError(f"its member {member.filename!r} is no .npy file")
-    if member.flag_bits & 1:
-        raise ValueError(f"its member {member.filename!r} is encrypted")
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(
-            f"its member {member.filename!r} is compressed by a method that .npz files "
-            "do not use"
-        )
-    if member.file_size > _MAX_EXPANSION * member.compress_size:
-        raise ValueError(
-            f"its member {member.filename!r} claims {member.file_size} bytes in "
-            f"{member.compress_size}"
-        )
-    return member.filename.removesuffix(".npy")
+def to_native(array: np.ndarray) -> np.ndarray:
+    """Return the array in the dtype of `find_native`."""
+    dtype = find_native(array.dtype)
+    if dtype == ml_dtypes.bfloat16:
+        return array.view(dtype)
+    return array if array.dtype == dtype else array.astype(dtype)
 
 
 def write_npy(file: BinaryIO, array: np.ndarray) -> None:
@@ -184,8 +136,3 @@ def can_keep(dtype: np.dtype) -> bool:
         )
     except (TypeError, ValueError):
         return False
-
-
-def find_size(file: BinaryIO) -> int:
-    """Return the number of bytes of an open file."""
-    return os.fstat(file.fileno()).st_size

@@ -168,7 +168,10 @@ def copy_file(path: pathlib.Path, file: BinaryIO) -> None:
 
 
 def identify(path: pathlib.Path) -> list[Any]:
-    """Return what tells whether a file is still the same one."""
+    """Return what tells whether a file, or a folder of some, is still the same."""
+    if path.is_dir():
+        files = (each for each in sorted(path.rglob("*")) if each.is_file())
+        return [identify(each) for each in files]
     status = path.stat()
     with open(path, "rb") as file:
         start = hashlib.sha256(file.read(2**16)).hexdigest()

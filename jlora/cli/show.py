@@ -6,7 +6,6 @@ import argparse
 import pathlib
 
 from jlora.adaptation.tables import format_table
-from jlora.checkpoints.arrays import SUFFIXES, load_arrays
 from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.checkpoints.peft_config import (
     CONFIG_NAME,
@@ -26,8 +25,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "show",
         help="print what a file, a model folder or an adapter holds",
         description=(
-            "Prints names, shapes, dtypes and sizes. The data of .safetensors files is "
-            "not read."
+            "Prints names, shapes, dtypes and sizes of a file, a model folder or an "
+            "Orbax checkpoint. The data is not read."
         ),
     )
     parser.add_argument("path", metavar="FILE_OR_FOLDER")
@@ -39,38 +38,23 @@ def run(arguments: argparse.Namespace) -> None:
     path = pathlib.Path(arguments.path)
     if (path / CONFIG_NAME).is_file():
         _show_adapter(path)
-    elif path.is_file() and path.suffix in SUFFIXES[:2]:
-        _show_arrays(path)
     else:
         _show_checkpoint(path)
 
 
-def _show_arrays(path: pathlib.Path) -> None:
-    arrays = load_arrays(path)
-    rows = [
-        (name, _format_shape(array.shape), array.dtype.name, array.nbytes, path.name)
-        for name, array in arrays.items()
-    ]
-    _say_table(path, rows)
-
-
 def _show_checkpoint(path: pathlib.Path) -> None:
     checkpoint = open_checkpoint(path)
-    infos = [(name, checkpoint.info(name)) for name in checkpoint]
-    rows = [
-        (name, _format_shape(info.shape), info.dtype, info.num_bytes, info.file.name)
-        for name, info in infos
-    ]
-    _say_table(path, rows)
+    rows = [("name", "shape", "dtype", "bytes", "file")]
+    for name in checkpoint:
+        info = checkpoint.info(name)
+        shape, size = _format_shape(info.shape), str(info.num_bytes)
+        rows.append((name, shape, info.dtype, size, info.file.name))
+    say_lines("\n".join(format_table(rows)))
 
-
-def _say_table(path: pathlib.Path, rows: list[tuple]) -> None:
-    say_lines(
-        "\n".join(format_table([("name", "shape", "dtype", "bytes", "file"), *rows]))
+    files = len(checkpoint.files)
+    say(
+        f"{path}: {len(checkpoint)} arrays, {checkpoint.num_bytes} bytes, {files} files"
     )
-    total = sum(row[3] for row in rows)
-    files = len({row[4] for row in rows})
-    say(f"{path}: {len(rows)} arrays, {total} bytes, {files} files")
 
 
 def _show_adapter(path: pathlib.Path) -> None:

@@ -1,6 +1,7 @@
 """Jobs that are killed: the next run completes them with the same bytes."""
 
-import jax
+import json
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -28,15 +29,14 @@ def inputs(tmp_path):
         places = {}
         for i in range(NUM_LAYERS):
             file = f"model-{i}.safetensors"
-            arrays = {f"{name}.weight": draw(48, 32) for name in NAMES[2 * i : 2 * i + 2]}
+            arrays = {
+                f"{name}.weight": draw(48, 32) for name in NAMES[2 * i : 2 * i + 2]
+            }
             jlora.save_arrays(folder / kind / file, arrays)
             places |= dict.fromkeys(arrays, file)
-        index = jlora.checkpoints.json_files
-        with open(folder / kind / "model.safetensors.index.json", "wb") as out:
-            index.write_json(out, {"weight_map": places})
-    factors = {
-        name: jlora.Factors(draw(32, 4), draw(4, 48)) for name in NAMES
-    }
+        index = folder / kind / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": places}))
+    factors = {name: jlora.Factors(draw(32, 4), draw(4, 48)) for name in NAMES}
     jlora.save_peft(folder / "adapter", factors)
     return folder
 
