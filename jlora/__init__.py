@@ -55,7 +55,7 @@ if _TYPE_CHECKING:
     from jlora.training import fit, init_train, optimizers, train_step  # noqa: F401
 
 # Packages that a program of kernels does not need are imported on their first use:
-# with them the import of jlora takes a tenth longer than that of JAX and optax.
+# with them the import of jlora takes a tenth longer than importing JAX and optax.
 _ON_USE = {
     "checkpoints": ("load_arrays", "load_peft", "save_arrays", "save_peft"),
     "lifting": ("lift", "on_merged"),

@@ -53,7 +53,7 @@ class AdaptedWeight:
     scale: Float[Array, ""]
     trainable: str  # "v", "u", "uv", "core" or "s"
     num_columns: int | None  # only the last so many columns of v are trained
-    dtype: np.dtype  # of the weight; that of the base where it is a plain array
+    dtype: np.dtype  # of the weight, and of a base that is a plain array
     core: Array | None = None  # [*batch, r, r], or for "s" the diagonal [*batch, r]
     layout: str = "io"  # of the base, see `Rule`
     axes: tuple[int, ...] | None = None  # sizes of the axes in `layout`; None: (m, n)

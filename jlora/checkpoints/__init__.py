@@ -1,42 +1,49 @@
 """Files ↔ arrays.
 
+Reading and writing arrays:
 arrays              `load_arrays`, `save_arrays`: .npy, .npz and .safetensors files
 checkpoint          `open_checkpoint`: arrays of a file or folder, read when used
-sources             which arrays a path holds, in any of the formats
-stored_arrays       arrays that are read on use, and those of safetensors files
-numpy_arrays        those of .npy and .npz files
+lazy_tensors        such arrays as leaves of a tree
+sources             the choice between the formats
+stored_arrays       arrays that are read on use, and safetensors files
+numpy_arrays        arrays of .npy and .npz files
 orbax_arrays        leaves of Orbax checkpoints
 float_weights       weights in floating point, and scales of the ones in fp8
 members             members of an archive, stored or compressed
+folders             the files of a folder and their arrays
+safetensors_header  the places of tensors in a safetensors file
+safetensors         the dtypes of the format, and its writer
+numpy_files         headers of NumPy's formats, read without trust, and writers
+json_files          JSON files, read without trust
+files               files that are written completely or not at all
+
+Adapters:
 peft                `save_peft`, `load_peft`: adapters in PEFT's files
+peft_file           an open adapter, whose factors are read on use
 peft_reader         `read_peft`: everything that such an adapter holds
 peft_config         their configuration, ranks and scales
 peft_keys           the names of their tensors
 adapter_formats     `load_adapter`: factors in the formats of several programs
 adapter_names       the names of their tensors
 kohya_modules       the modules that kohya's flattened names stand for
-diffusers_scales    the scales that the metadata of diffusers says
+diffusers_scales    the scales in the metadata of diffusers
 qwix_factors        factors of qwix as matrices
 experts             factors of stacked experts
+adapter_layout      names and shapes of an adapter's tensors
 adapter_files       the two files of an adapter
-adapter_jobs        `resize_adapter`, `combine_adapters`
-extract_jobs        `extract_checkpoint`: the difference of two checkpoints
-init_jobs           `initialize_checkpoint`: first factors, and a base that moved
-init_report         what these factors hold
-adapter_ranks       ranks of modules, and a report of what they keep
-merge_jobs          `merge_checkpoint`: a model folder with adapters merged in
-merge_plan          which tensors each file of the merged model holds
-merge_blocks        changed tensors, some rows at a time
-changes             what adapters change in the tensors of a checkpoint
-tied                models whose head is their embedding
-architectures       what model families call their weights
+
+Jobs, each a public function and a command:
+extract_jobs        `extract_checkpoint`; differences: its decompositions
+init_jobs           `initialize_checkpoint`; initial_factors, initial_bases: its parts
+merge_jobs          `merge_checkpoint`; merge_plan, merge_blocks, changes, tied: parts
+adapter_jobs        `resize_adapter`, `combine_adapters`; adapter_sums: their factors
+modules             the weights of a checkpoint as modules
+architectures       names and layouts of the weights of model families
+window_store        arrays of a job on disk, until its result is written
+factor_store        singular triplets there
+adapter_ranks       ranks of modules, and a report of their energies
+memory              the limit of memory of a job
 output_folder       a folder that appears whole
-folders             which files of a folder hold which arrays
-safetensors_header  where the tensors of a safetensors file lie
-safetensors         the dtypes of the format, and its writer
-numpy_files         headers of NumPy's formats, read without trust, and writers
-json_files          JSON files, read without trust
-files               files that are written completely or not at all
 """
 
 from jlora.checkpoints.adapter_formats import load_adapter

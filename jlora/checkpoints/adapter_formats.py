@@ -31,7 +31,7 @@ def load_adapter(
 
     The names of the tensors decide which format it is:
 
-    - PEFT: a folder with `adapter_config.json`; the factors are those of `load_peft`.
+    - PEFT: a folder with `adapter_config.json`; as `load_peft` reads it.
     - kohya: "lora_unet_<module>.lora_down.weight", also lora_transformer_, lora_te_,
       lora_te1_, lora_te2_ and lora_te3_. The scale is alpha / r.
     - diffusers: "unet.<module>.lora_A.weight", also transformer, text_encoder and

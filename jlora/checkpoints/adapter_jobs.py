@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from jlora._progress import Progress
 from jlora.checkpoints.adapter_files import write_job_adapter
-from jlora.checkpoints.adapter_layout import FactorShape, count_bytes, plan_adapter
+from jlora.checkpoints.adapter_layout import (
+    AdapterLayout,
+    FactorShape,
+    count_bytes,
+    plan_adapter,
+)
 from jlora.checkpoints.adapter_ranks import (
     AdapterReport,
     ModuleReport,
@@ -31,12 +37,18 @@ from jlora.checkpoints.factor_store import (
 )
 from jlora.checkpoints.memory import check_max_memory
 from jlora.checkpoints.modules import list_matrices
-from jlora.checkpoints.output_folder import OutputFolder, identify, open_output
+from jlora.checkpoints.output_folder import (
+    OutputFolder,
+    check_target,
+    identify,
+    open_output,
+)
+from jlora.checkpoints.peft_config import CONFIG_NAME, MODEL_NAME
 from jlora.checkpoints.window_store import WORK, WindowStore
 
 Path = str | os.PathLike[str]
 
-# What the new configuration takes from that of the first adapter.
+# Entries of the first adapter's configuration that the new one keeps.
 _KEPT = ("base_model_name_or_path", "task_type", "revision")
 
 
@@ -52,7 +64,7 @@ def resize_adapter(
     progress: bool | None = None,
     dry_run: bool = False,
 ) -> AdapterReport:
-    """Write an adapter with smaller ranks, and return what was kept of each module.
+    """Write an adapter with smaller ranks, and return a report of each module.
 
     Each u @ v becomes its best approximation of the new rank, without ever being
     formed. A few modules are in memory at a time; a run that was interrupted goes on
@@ -61,7 +73,7 @@ def resize_adapter(
     Args:
         adapter: folder of PEFT.
         output: folder to write; it must not exist.
-        rank: of every module (or what it has, if that is less). None: not by rank.
+        rank: of every module, or its present one if that is less. None: not by rank.
         energy: part of the squared norm to keep of each module, in (0, 1]. None: not by
             energy.
         budget: numbers in all the factors; ranks go where they keep most. None: not by
@@ -71,15 +83,15 @@ def resize_adapter(
             limit.
         progress: None: a bar on a terminal, plain lines elsewhere. False: neither.
         dry_run: only check, and return the largest ranks that there may be, with NaN
-            for what is not known.
+            for unknown numbers.
 
     Returns:
         `AdapterReport`; a module of rank 0 is left out.
 
     Raises:
         OSError: a file cannot be read or written.
-        ValueError: not exactly one of rank, energy and budget, or what `load_peft` and
-            `save_peft` refuse.
+        ValueError: not exactly one of rank, energy and budget, or any that `load_peft`
+            and `save_peft` refuse.
 
     Accuracy: as `recompress`.
 
@@ -96,7 +108,7 @@ def resize_adapter(
     """
     wish = check_wish(rank, energy, budget)
     job = _Job({adapter: 1.0}, wish, portable, max_memory, progress)
-    return job.plan() if dry_run else job.run(output)
+    return job.run(output, dry_run)
 
 
 def combine_adapters(
@@ -109,7 +121,7 @@ def combine_adapters(
     progress: bool | None = None,
     dry_run: bool = False,
 ) -> AdapterReport:
-    """Write the weighted sum of adapters as one adapter, and return what was kept.
+    """Write the weighted sum of adapters as one adapter, and return a report.
 
     The deltas are added, Σ wᵢ uᵢ vᵢ. PEFT's "linear" adds the factors, which also gives
     the cross terms uᵢ vⱼ.
@@ -124,15 +136,15 @@ def combine_adapters(
             limit.
         progress: None: a bar on a terminal, plain lines elsewhere. False: neither.
         dry_run: only check, and return the largest ranks that there may be, with NaN
-            for what is not known.
+            for unknown numbers.
 
     Returns:
         `AdapterReport`.
 
     Raises:
         OSError: a file cannot be read or written.
-        ValueError: no adapter, modules of other shapes, or what `load_peft` and
-            `save_peft` refuse.
+        ValueError: no adapter, modules of other shapes, or any that `load_peft`
+            and `save_peft` refuse.
 
     Example:
         >>> import jax.numpy as jnp, tempfile, jlora
@@ -151,7 +163,7 @@ def combine_adapters(
         raise ValueError("`adapters` must name at least one, got none. Pass a folder.")
     wish = None if rank is None else check_wish(rank, None, None)
     job = _Job(adapters, wish, portable, max_memory, progress)
-    return job.plan() if dry_run else job.run(output)
+    return job.run(output, dry_run)
 
 
 class _Job:
@@ -185,7 +197,39 @@ class _Job:
         self._weights = dict(adapters)
         check_sum_memory(self._modules, self._ranks, self._max_memory)
 
-    def plan(self) -> AdapterReport:
+    def run(self, output: Path, dry_run: bool) -> AdapterReport:
+        """Write the new adapter, and return its report."""
+        folders = [pathlib.Path(path) for path in self._weights]
+        check_target(pathlib.Path(output).absolute(), folders)
+        if dry_run:
+            return self._plan()
+
+        names = (CONFIG_NAME, MODEL_NAME)
+        job = {
+            "job": "sum",
+            "inputs": [identify(path / name) for path in folders for name in names],
+            "weights": list(self._weights.values()),
+            "wish": self._wish,
+            "portable": self._portable,
+        }
+        layout = plan_adapter(self._shapes, portable=self._portable)
+        size = 2 * count_bytes(layout)
+        with open_output(output, inputs=folders, num_bytes=size, job=job) as folder:
+            if self._wish is None:
+                return self._write_exact(folder, layout)
+            return self._write_thin(folder, self._wish)
+
+    @property
+    def _shapes(self) -> dict[str, FactorShape]:
+        """Sizes of the exact factors."""
+        return {
+            module.path: FactorShape(
+                *module.shape, self._ranks[module.path], module.num_experts
+            )
+            for module in self._modules
+        }
+
+    def _plan(self) -> AdapterReport:
         """Return the report of a dry run."""
         sizes = {}
         for module in self._modules:
@@ -193,42 +237,13 @@ class _Job:
             limit = rank if self._wish is None else min(rank, *module.shape)
             sizes[module.path] = (rank, limit)
         most = max(self._ranks.values())
-        rank = most if self._wish is None else self._wish.rank or most
-        return plan_report(sizes, rank)
-
-    def run(self, output: Path) -> AdapterReport:
-        """Write the new adapter, and return its report."""
-        open_files = {file.folder: file for t in self._terms.values() for file, _ in t}
-        folders = sorted(open_files)
-        files = [file for folder in folders for file in sorted(folder.iterdir())]
-        job = {
-            "job": "sum",
-            "inputs": [identify(path) for path in files if path.is_file()],
-            "weights": sorted((str(path), w) for path, w in self._weights.items()),
-            "wish": self._wish,
-            "portable": self._portable,
-        }
-        shapes = {
-            module.path: FactorShape(
-                *module.shape, self._ranks[module.path], module.num_experts
-            )
-            for module in self._modules
-        }
-        num_bytes = 2 * count_bytes(plan_adapter(shapes, portable=self._portable))
-        with open_output(
-            output, inputs=folders, num_bytes=num_bytes, job=job
-        ) as folder:
-            if self._wish is None:
-                return self._write_exact(folder, shapes)
-            return self._write_thin(folder, self._wish)
+        return plan_report(sizes, (self._wish and self._wish.rank) or most)
 
     def _write_exact(
-        self, folder: OutputFolder, shapes: Mapping[str, FactorShape]
+        self, folder: OutputFolder, layout: AdapterLayout
     ) -> AdapterReport:
-        layout = plan_adapter(shapes, portable=self._portable)
-        with Progress(
-            "combine", len(shapes), enabled=self._progress, unit="modules"
-        ) as bar:
+        total = len(layout.shapes)
+        with Progress("combine", total, enabled=self._progress, unit="modules") as bar:
 
             def read(path: str) -> Any:
                 bar.count()

@@ -11,7 +11,7 @@ from jlora.checkpoints.peft_keys import PREFIX
 
 
 class AdapterKey(NamedTuple):
-    """What the name of a tensor says."""
+    """The meaning of the name of a tensor."""
 
     format: str  # "kohya", "diffusers" or "qwix"
     module: str  # as the file names it
@@ -58,7 +58,7 @@ _OTHERS = {
 
 
 def parse_names(path: pathlib.Path, names: Iterable[str]) -> dict[str, AdapterKey]:
-    """Return {name of a tensor: what it says}, all of one format.
+    """Return {name of a tensor: its key}, all of one format.
 
     Raises:
         ValueError: no tensors, one that is no factor, or tensors of two formats.

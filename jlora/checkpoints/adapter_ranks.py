@@ -1,4 +1,4 @@
-"""Ranks of the modules of an adapter, and a report of what they keep."""
+"""Ranks of the modules of an adapter, and a report of the energy that they keep."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RankWish(NamedTuple):
 
 
 class ModuleReport(NamedTuple):
-    """What the factors of one module keep of a change.
+    """The part that the factors of one module keep of a change.
 
     Example:
         >>> import jlora
@@ -40,7 +40,7 @@ class ModuleReport(NamedTuple):
 
 
 class AdapterReport(NamedTuple):
-    """The modules of a new adapter, and what was left out; prints as a table.
+    """The modules of a new adapter, and those left out; prints as a table.
 
     Example:
         >>> import jlora
@@ -98,10 +98,10 @@ def choose_ranks(
     """Return the rank of each module; 0 for a change of zero.
 
     Args:
-        wish: what to choose by.
+        wish: how to choose.
         spectra: the leading singular values of each change.
         shapes: (inputs, outputs) of each.
-        rests: Frobenius norm of what is beyond these values.
+        rests: Frobenius norm of the residual beyond these values.
     """
     ranks: dict[str, int] = {}
     for module, values in spectra.items():
@@ -134,7 +134,7 @@ def plan_report(
     Args:
         sizes: {module: (its rank before, and the largest it can have)}.
         rank: the largest that the job gives.
-        skipped: (name, reason) of what is left out.
+        skipped: (name, reason) of tensors left out.
     """
     rows = [
         ModuleReport(module, old_rank, min(rank, limit), math.nan, math.nan)
@@ -155,7 +155,7 @@ def report_module(
     Args:
         module: its path.
         values: the leading singular values of the change.
-        rest: Frobenius norm of what is beyond them.
+        rest: Frobenius norm of the residual.
         old_rank: before.
         rank: after.
     """

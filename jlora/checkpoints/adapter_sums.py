@@ -49,7 +49,7 @@ def open_terms(
 
 
 def find_dtypes(terms: Mapping[str, Terms]) -> dict[str, np.dtype]:
-    """Return {module: dtype to write}: that of all its factors, else float32."""
+    """Return {module: dtype to write}: the one of all its factors, else float32."""
     dtypes = {}
     for path, parts in terms.items():
         stored = {file.find_dtype(path) for file, _ in parts}

@@ -1,4 +1,4 @@
-"""What model families call their weights, and how they store them.
+"""Names and layouts of the weights of model families.
 
 Adapters name the modules of a model in memory; files may use other names. From
 transformers 5 on the two differ for some families, whose experts are fused in memory.

@@ -1,4 +1,4 @@
-"""What adapters change in the tensors of a checkpoint."""
+"""The changes that adapters make to the tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from jlora.factors import Factors
 
 @dataclasses.dataclass
 class Change:
-    """What happens to one tensor of a checkpoint: in this order, whatever is there."""
+    """The change of one tensor of a checkpoint: in this order, whatever is there."""
 
     pairs: list[Factors]  # added: u @ v of the matrix in the tensor's own orientation
     magnitude: np.ndarray | None = None  # of DoRA, by output
@@ -161,7 +161,7 @@ def _add_others(
     adapter: PeftAdapter,
     weight: float,
 ) -> None:
-    """Add what is no pair of factors: magnitudes, biases, tokens, whole parameters."""
+    """Add magnitudes, biases, token rows and whole parameters."""
     others = (adapter.saved, adapter.magnitudes, adapter.tokens)
     if weight != 1.0 and any(others):
         name = next(iter({**others[0], **others[1], **others[2]}))

@@ -29,7 +29,7 @@ from jlora.checkpoints.stored_arrays import StoredArray
 
 
 class TensorInfo(NamedTuple):
-    """What is known of an array without reading it.
+    """Shape, dtype, size and file of an array, known without reading it.
 
     Example:
         >>> import jlora

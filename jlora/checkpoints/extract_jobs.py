@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -42,7 +43,7 @@ from jlora.checkpoints.modules import (
     list_matrices,
     list_modules,
 )
-from jlora.checkpoints.output_folder import identify, open_output
+from jlora.checkpoints.output_folder import check_target, identify, open_output
 from jlora.checkpoints.window_store import WORK, WindowStore
 
 Path = str | os.PathLike[str]
@@ -85,8 +86,8 @@ def extract_checkpoint(
         budget: numbers in all the factors. None: not by budget.
         max_rank: static, largest rank that `energy` and `budget` may give.
         targets: regular expression, searched in the names of the matrices.
-        modules_to_save: regular expression, searched in the names of what is no matrix
-            or no target: if it changed, it is stored whole. None: nothing is.
+        modules_to_save: regular expression, searched in the names of tensors
+            that get no factors: those that changed are stored whole. None: nothing is.
         layouts: {regular expression on a module or tensor: "io" or "oi"} for models
             that jlora does not know; the first one that matches decides. None: the
             table of jlora, and "oi", PyTorch's [outputs, inputs], for all others.
@@ -95,12 +96,12 @@ def extract_checkpoint(
         max_memory: bytes of the process, with about 320 MiB for JAX itself. None: no
             limit.
         dry_run: only check, and return the largest ranks that there may be, with NaN
-            for what is not known.
+            for unknown numbers.
         progress: None: a bar on a terminal, plain lines elsewhere. False: neither.
 
     Returns:
-        `AdapterReport`. What differs between the checkpoints and is not in the adapter
-        is listed in `skipped`: tensors of one side only, of another shape, vectors.
+        `AdapterReport`. Differences that are not in the adapter are listed in
+        `skipped`: tensors of one side only, of another shape, vectors.
 
     Raises:
         OSError: a file cannot be read or written.
@@ -135,6 +136,8 @@ def extract_checkpoint(
     # Find out everything before the first byte is written.
     old, new = open_checkpoint(base), open_checkpoint(tuned)
     config = read_model_config(new.path) or read_model_config(old.path)
+    inputs = [old.path, new.path]
+    check_target(pathlib.Path(output).absolute(), inputs)
     modules, rests = _compare(old, new, config, layouts, targets)
     saved, skipped = _list_others(old, new, rests, modules_to_save)
     check_window_memory(modules, max_rank, max_memory)
@@ -154,7 +157,6 @@ def extract_checkpoint(
     refs = list_matrices(modules)
     num_bytes = sum(4 * max_rank * sum(ref.module.shape) for ref in refs)
     num_bytes = 2 * num_bytes + sum(array.nbytes for array in saved.values())
-    inputs = [old.path, new.path]
     with open_output(output, inputs=inputs, num_bytes=num_bytes, job=job) as folder:
         store = WindowStore(folder, refs, max_rank, "svd")
         with Progress("extract", len(refs), enabled=progress, unit="matrices") as bar:
@@ -227,7 +229,7 @@ def _list_others(
     reasons: Mapping[str, str],
     modules_to_save: str | None,
 ) -> tuple[dict[str, LazyTensor], list[tuple[str, str]]]:
-    """Return what to store whole, and (name, reason) of what is left out.
+    """Return tensors to store whole, and (name, reason) of tensors left out.
 
     Only tensors that differ are in either of them.
     """

@@ -34,14 +34,14 @@ class Part(NamedTuple):
     """The leading triplets of one matrix, as NumPy arrays."""
 
     svd: SVD  # u [inputs, k], s [k], vt [k, outputs]
-    rest: float  # Frobenius norm of what is beyond them
+    rest: float  # Frobenius norm of the residual
 
 
 class Spectrum(NamedTuple):
-    """The singular values of a module; of experts, those of all, place by place."""
+    """The singular values of a module; for experts, the norms over all of them."""
 
     values: Float[np.ndarray, " k"]  # the leading ones
-    rest: float  # Frobenius norm of what is beyond them
+    rest: float  # Frobenius norm of the residual
 
 
 def put_parts(store: WindowStore, number: int, parts: Mapping[str, Part]) -> None:
@@ -113,7 +113,7 @@ def choose_module_ranks(
     Args:
         spectra: of the modules.
         modules: of the job.
-        wish: what to choose by.
+        wish: how to choose.
         old_ranks: for the report; a module without one has its smaller size.
     """
     by_path = {module.path: module for module in modules}

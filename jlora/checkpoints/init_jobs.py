@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -44,7 +45,12 @@ from jlora.checkpoints.modules import (
     list_matrices,
     list_modules,
 )
-from jlora.checkpoints.output_folder import OutputFolder, identify, open_output
+from jlora.checkpoints.output_folder import (
+    OutputFolder,
+    check_target,
+    identify,
+    open_output,
+)
 from jlora.checkpoints.window_store import WORK, WindowStore
 from jlora.initializers.base import Initializer
 
@@ -96,7 +102,7 @@ def initialize_checkpoint(
             limit.
         progress: None: a bar on a terminal, plain lines elsewhere. False: neither.
         dry_run: only check, and return the largest ranks that there may be, with NaN
-            for what is not known.
+            for unknown numbers.
 
     Returns:
         `AdapterReport`; the energy is the part of the weight that the delta holds.
@@ -135,6 +141,8 @@ def initialize_checkpoint(
 
     # Find out everything before the first byte is written.
     source = open_checkpoint(checkpoint)
+    inputs = [source.path]
+    check_target(pathlib.Path(output).absolute(), inputs)
     modules, skipped = _list_targets(source, check_layouts(layouts), targets)
     check_stacks(initializer, modules)
     check_window_memory(modules, max_rank, max_memory)
@@ -159,7 +167,6 @@ def initialize_checkpoint(
         8 * max_rank * sum(sum(ref.module.shape) for ref in list_matrices(modules))
     )
     num_bytes += source.num_bytes if moves else 0
-    inputs = [source.path]
     with open_output(output, inputs=inputs, num_bytes=num_bytes, job=job) as folder:
         run = _Run(folder, source, modules, initializer, key, max_memory, progress)
         ranks = run.choose_ranks(wish, max_rank)

@@ -1,4 +1,4 @@
-"""The base of a checkpoint after its first factors were taken out of it."""
+"""The base of a checkpoint without the deltas of its first factors."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def write_bases(
 ) -> None:
     """Write the checkpoint without the deltas of the first factors.
 
-    Each weight is w - u @ v, rounded once; for a quantised method, what the format can
-    hold of that. The other tensors are copied byte for byte.
+    Each weight is w - u @ v, rounded once; a quantised method gives its own base. The
+    other tensors are copied byte for byte.
     """
     modules = [module for module in modules if _moves(initializer, module)]
     is_folder = source.path.is_dir()
@@ -69,7 +69,7 @@ def _find_changes(
     initializer: Initializer,
     store: WindowStore,
 ) -> dict[str, Change]:
-    """Return what is subtracted from the tensors of one file, or replaces them."""
+    """Return the changes of the tensors of one file."""
     read = make_initial_reader(store, modules)
     changes: dict[str, Change] = {}
     for module in modules:

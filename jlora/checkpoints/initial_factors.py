@@ -195,7 +195,7 @@ def _list_arrays(
     ref: MatrixRef, w: np.ndarray, weight: AdaptedWeight, initializer: Initializer
 ) -> dict[str, np.ndarray]:
     name = ref.name
-    # The adapter's file holds 32 bits, and the base is what they leave of the weight.
+    # The adapter's file holds 32 bits, so the base is computed from rounded factors.
     u, v = (np.asarray(part, np.float32) for part in weight.factors)
     norms = np.asarray(_measure(w, weight.base), np.float64)
     arrays: dict[str, Any] = {f"{name}/u": u, f"{name}/v": v, f"{name}/norms": norms}

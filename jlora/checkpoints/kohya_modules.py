@@ -5,8 +5,8 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Iterable
 
-# What may stand in front of a module's path: the part of a diffusers pipeline, or the
-# place of the network in a single file of Stable Diffusion.
+# Prefixes that may stand in front of a module's path: the part of a diffusers
+# pipeline, or the place of the network in a single file of Stable Diffusion.
 _COMPONENTS = {
     "unet": ("unet", "transformer", "model_diffusion_model"),
     "transformer": ("transformer",),

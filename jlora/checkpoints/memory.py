@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jlora import _checks
 
-# What Python, JAX and its compiler take beside arrays: 100 MiB after the import, up to
+# Memory of Python, JAX and its compiler beside arrays: 100 MiB after the import, up to
 # 200 MiB while XLA compiles one program.
 _RESERVE = 320 * 2**20
 

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
+from jlora._progress import Progress
 from jlora._types import PRNGKey
 from jlora.adaptation.paths import fold_path
 from jlora.checkpoints.changes import Change
@@ -22,6 +23,7 @@ from jlora.reconstruction.dense import reconstruct
 
 # Entries of a matrix that are merged at once; float32 temporaries of it exist.
 _BLOCK = 2**22
+WORK_BYTES = 32 * _BLOCK  # of all temporaries
 
 
 def write_tensors(
@@ -32,6 +34,7 @@ def write_tensors(
     *,
     rounding: str = "nearest",
     key: PRNGKey | None = None,
+    bar: Progress | None = None,
 ) -> None:
     """Write one safetensors file: the header, then each tensor in its place.
 
@@ -42,11 +45,14 @@ def write_tensors(
         file: open for writing.
         rounding: of the sums, see `reconstruct`.
         key: for "stochastic", folded with the name of each tensor.
+        bar: shows the tensors. None: none.
     """
     entries = [(t.name, t.dtype, t.shape, t.num_bytes) for t in plan]
     file.write(format_header(entries))
     with open(path, "rb") as source:
         for tensor in plan:
+            if bar is not None:
+                bar.count(1, tensor.num_bytes)
             if tensor.change is None:
                 assert tensor.source is not None
                 place = checkpoint.locate(tensor.source)

@@ -18,16 +18,15 @@ from jlora.checkpoints.architectures import Layouts, check_layouts
 from jlora.checkpoints.changes import find_changes
 from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.checkpoints.folders import find_side_files, read_model_config
-from jlora.checkpoints.merge_blocks import write_tensors
+from jlora.checkpoints.memory import check_fits, check_max_memory
+from jlora.checkpoints.merge_blocks import WORK_BYTES, write_tensors
 from jlora.checkpoints.merge_plan import (
     list_inputs,
     make_side_file,
     plan_files,
 )
-from jlora.checkpoints.output_folder import (
-    identify,
-    open_output,
-)
+from jlora.checkpoints.output_folder import check_target, identify, open_output
+from jlora.checkpoints.peft_file import open_peft
 from jlora.checkpoints.peft_reader import read_peft
 from jlora.checkpoints.tied import untie
 from jlora.reconstruction.rounding import check_rounding
@@ -36,7 +35,7 @@ Path = str | os.PathLike[str]
 
 
 class MergeReport(NamedTuple):
-    """What `merge_checkpoint` did, or would do.
+    """The tensors that `merge_checkpoint` changed, or would change.
 
     Example:
         >>> import jlora
@@ -45,7 +44,7 @@ class MergeReport(NamedTuple):
     """
 
     changed: tuple[str, ...]  # names of tensors
-    copied: int  # tensors whose bytes are those of the input
+    copied: int  # tensors copied byte for byte
     num_bytes: int  # of the new files of tensors
     untied: str | None  # the head that was written apart from its embedding
 
@@ -126,6 +125,9 @@ def merge_checkpoint(
     is_folder = checkpoint.path.is_dir()
     config = read_model_config(checkpoint.path)
     weighted = _list_adapters(adapters)
+    inputs = [checkpoint.path, *(path for path, _ in weighted)]
+    check_target(pathlib.Path(output).absolute(), inputs)
+    _check_memory(weighted, check_max_memory(max_memory))
     loaded = [(read_peft(path), weight) for path, weight in weighted]
     changes = find_changes(checkpoint, config, loaded, check_layouts(layouts))
     untied = untie(changes, checkpoint, config)
@@ -141,7 +143,6 @@ def merge_checkpoint(
     if dry_run:
         return report
 
-    inputs = [checkpoint.path, *(pathlib.Path(path) for path, _ in weighted)]
     sides = find_side_files(checkpoint.path) if is_folder else []
     job = {
         "job": "merge",
@@ -152,17 +153,20 @@ def merge_checkpoint(
     }
     total = report.num_bytes + sum(path.stat().st_size for path in sides)
     with open_output(output, inputs=inputs, num_bytes=total, job=job) as folder:
-        bar = Progress("merge", report.num_bytes, enabled=progress, unit="bytes")
-        try:
+        with Progress("merge", len(tensors), enabled=progress, unit="tensors") as bar:
             for path, plan in files.items():
                 name = path.name if is_folder else "model.safetensors"
                 write = functools.partial(
-                    write_tensors, checkpoint, path, plan, rounding=rounding, key=key
+                    write_tensors,
+                    checkpoint,
+                    path,
+                    plan,
+                    rounding=rounding,
+                    key=key,
+                    bar=bar,
                 )
-                folder.write(name, write)
-                bar.advance(sum(tensor.num_bytes for tensor in plan), name)
-        finally:
-            bar.close()
+                if not folder.write(name, write):
+                    bar.count(len(plan))
 
         for path in sides:
             content = make_side_file(
@@ -170,6 +174,16 @@ def merge_checkpoint(
             )
             folder.write(path.name, content)
     return report
+
+
+def _check_memory(
+    weighted: Sequence[tuple[pathlib.Path, float]], max_memory: int | None
+) -> None:
+    """Refuse adapters that do not fit in the memory of the job."""
+    for path, _ in weighted:
+        # As stored, in float32 with the scale, and of one tensor in its layout.
+        needed = 3 * open_peft(path).checkpoint.num_bytes + WORK_BYTES
+        check_fits(max_memory, needed, str(path))
 
 
 def _list_adapters(

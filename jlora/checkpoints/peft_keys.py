@@ -17,7 +17,7 @@ _TOKENS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta$")
 
 
 class Key(NamedTuple):
-    """What the name of a tensor says."""
+    """The meaning of the name of a tensor."""
 
     module: str  # path in the model, without the prefix
     part: str  # "A", "B", "bias", "magnitude", "tokens", "base" or "saved"

@@ -22,9 +22,9 @@ class PeftAdapter(NamedTuple):
 
     factors: dict[str, Factors]  # by the path of the module, with the scale folded in
     config: dict[str, Any]
-    saved: dict[str, np.ndarray]  # parameters that replace those of the model
+    saved: dict[str, np.ndarray]  # parameters that replace the model's
     magnitudes: dict[str, np.ndarray]  # of DoRA, by module
-    biases: dict[str, np.ndarray]  # added to those of the model, by module, scaled
+    biases: dict[str, np.ndarray]  # added to the model's, by module, scaled
     tokens: dict[str, np.ndarray]  # new rows of an embedding, by module
     embeddings: frozenset[str] = frozenset()  # modules stored as embeddings
 

@@ -1,4 +1,4 @@
-"""Factors of qwix, whose axes are those of an Einsum, as matrices."""
+"""Factors of qwix, with the axes of an Einsum, as matrices."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def merge_axes(
         raise ValueError(_refuse_shapes(path, name, a, b, True))
     if num_inputs > 2 and max(a.shape[fitting[0] : -2]) > 1:
         raise ValueError(
-            f"{path}: must hold factors of matrices, got those of a convolution, "
+            f"{path}: must hold factors of matrices, got factors of a convolution, "
             f"{a.shape} and {b.shape}, at {name}. Leave the layer out."
         )
 

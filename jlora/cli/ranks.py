@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,11 @@ from jlora import _checks
 from jlora._numerics import frobenius_norm, to_compute
 from jlora._types import Float
 from jlora.adaptation.paths import fold_path
+from jlora.adaptation.plan import PlanEntry
 from jlora.adaptation.rule import Rule
-from jlora.checkpoints.arrays import load_arrays
+from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from jlora.checkpoints.memory import check_fits, check_max_memory
+from jlora.cli.job_options import parse_size
 from jlora.cli.output import say
 from jlora.cli.outputs import check_outputs
 from jlora.cli.spectra import MatrixSpectrum, plot_spectra
@@ -38,7 +41,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Return the parser of `jlora ranks`, added to the other subcommands."""
     parser = commands.add_parser(
         "ranks",
-        help="print the rank that each rule chooses for each matrix of a file",
+        help="print the rank that each rule chooses for each matrix of a model",
         description=(
             "Prints, per matrix, a summary of its singular values and the rank that "
             "each rule chooses from them. For a matrix with more than "
@@ -48,7 +51,11 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     add, default = parser.add_argument, "(default: %(default)s)"
 
-    add("weights", metavar="WEIGHTS", help=".npy, .npz or .safetensors file")
+    add(
+        "weights",
+        metavar="WEIGHTS",
+        help=".npy, .npz or .safetensors file, or a model folder",
+    )
     add_targets(parser, "look at")
     _add_rules(parser)
 
@@ -70,6 +77,11 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="draw spectra and cumulative energy (needs matplotlib)",
     )
     add("--seed", type=int, default=0, help=f"of the random projections {default}")
+    add(
+        "--max-memory",
+        metavar="SIZE",
+        help="memory of the process, such as 4GiB; JAX itself takes about 320 MiB",
+    )
     return parser
 
 
@@ -101,12 +113,16 @@ def _add_rules(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run `jlora ranks`."""
     _check_arguments(arguments)
-    arrays = load_arrays(arguments.weights)
-    plan = plan_targets(arguments, arrays, Rule(arguments.targets, 1))
+    checkpoint = open_checkpoint(arguments.weights)
+    plan = plan_targets(arguments, checkpoint, Rule(arguments.targets, 1))
+    max_memory = None
+    if arguments.max_memory is not None:
+        max_memory = check_max_memory(parse_size(arguments.max_memory, "--max-memory"))
 
     spectra = []
     for entry in plan.entries:
-        for name, a in _list_matrices(entry.path, arrays[entry.path]):
+        _check_memory(entry, checkpoint, max_memory)
+        for name, a in _list_matrices(entry.path, checkpoint):
             spectra.append(_measure_spectrum(arguments, name, a))
             is_read = _say_all(_describe(arguments, spectra[-1]))
             if not is_read and not arguments.plot:
@@ -117,6 +133,16 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.plot:
         plot_spectra(arguments.plot, spectra, arguments.energy)
         say(f"wrote {arguments.plot}: {len(spectra)} spectra")
+
+
+def _check_memory(
+    entry: PlanEntry, checkpoint: Checkpoint, max_memory: int | None
+) -> None:
+    """Refuse a tensor that does not fit in the memory of the command."""
+    info = checkpoint.info(entry.path)
+    *_, m, n = info.shape
+    # The tensor, and a matrix of it in float32 with its scaled copy.
+    check_fits(max_memory, info.num_bytes + 12 * m * n, entry.path)
 
 
 def _say_all(lines: Sequence[str]) -> bool:
@@ -148,17 +174,16 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def _list_matrices(
-    path: str, array: Float[np.ndarray, "*batch m n"]
-) -> list[tuple[str, Float[np.ndarray, "m n"]]]:
-    """Return [(name, matrix)] of an array: itself, or each matrix of a stack."""
+    path: str, checkpoint: Checkpoint
+) -> Iterator[tuple[str, Float[np.ndarray, "m n"]]]:
+    """Yield (name, matrix) of an array: itself, or each matrix of a stack."""
+    array = checkpoint[path]
     _checks.check_finite(array, path)
     if array.ndim == 2:
-        return [(path, array)]
-
-    indices = np.ndindex(array.shape[:-2])
-    return [
-        (f"{path}[{', '.join(map(str, index))}]", array[index]) for index in indices
-    ]
+        yield path, array
+        return
+    for index in np.ndindex(array.shape[:-2]):
+        yield f"{path}[{', '.join(map(str, index))}]", array[index]
 
 
 def _measure_spectrum(

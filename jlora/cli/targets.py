@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping
-
-import numpy as np
+from typing import Any
 
 from jlora import _checks
 from jlora.adaptation.plan import Plan, make_plan
@@ -42,7 +41,7 @@ def check_targets(arguments: argparse.Namespace) -> None:
 
 
 def plan_targets(
-    arguments: argparse.Namespace, arrays: Mapping[str, np.ndarray], rule: Rule
+    arguments: argparse.Namespace, arrays: Mapping[str, Any], rule: Rule
 ) -> Plan:
     """Return the plan of one rule for the arrays of a file; errors name the file."""
     try:

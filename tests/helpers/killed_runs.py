@@ -8,7 +8,7 @@ import sys
 # A process forks one child for each run, before JAX starts any thread: that saves the
 # import, and so the kills fall into the work itself.
 _LOOP = """
-import os, pathlib, random, shutil, signal, sys, time
+import os, pathlib, random, signal, sys, time
 import jlora
 from jlora.checkpoints import window_store
 window_store._WINDOW_BYTES = 1  # one matrix each
@@ -29,16 +29,17 @@ def start(path):
 before = time.perf_counter()
 assert os.waitpid(start(spare), 0)[1] == 0
 duration = time.perf_counter() - before
-num_killed = 0
+num_killed = num_whole = 0
 while num_killed < int(sys.argv[3]):
     child = start(output)
-    time.sleep(rng.uniform(0.2, 1.0) * duration)
+    time.sleep(rng.uniform(0.1, 0.9) * duration)
     os.kill(child, signal.SIGKILL)
     if os.waitpid(child, 0)[1] == signal.SIGKILL:
         num_killed += 1
         print("killed", flush=True)
     if output.exists():
-        shutil.move(output, spare.with_name(f"whole-{{num_killed}}"))
+        num_whole += 1
+        output.rename(spare.with_name(f"whole-{{num_whole}}"))
 assert os.waitpid(start(output), 0)[1] == 0
 """
 
