@@ -66,6 +66,9 @@ class _Renaming(NamedTuple):
 
     module: str  # regular expression on its path
     tensors: tuple[str, ...]  # names in the file; {expert} stands for a number
+    # Families whose files use these names; empty: no other family has them. BERT calls
+    # its layers as ViT does, and keeps these names in memory.
+    model_types: tuple[str, ...] = ()
 
 
 # One row for each difference: path in memory -> names in the file.
@@ -100,26 +103,32 @@ RENAMED = (
     _Renaming(
         r"^(.*?)layers\.(\d+)\.attention\.q_proj$",
         (r"\1encoder.layer.\2.attention.attention.query.weight",),
+        ("vit",),
     ),
     _Renaming(
         r"^(.*?)layers\.(\d+)\.attention\.k_proj$",
         (r"\1encoder.layer.\2.attention.attention.key.weight",),
+        ("vit",),
     ),
     _Renaming(
         r"^(.*?)layers\.(\d+)\.attention\.v_proj$",
         (r"\1encoder.layer.\2.attention.attention.value.weight",),
+        ("vit",),
     ),
     _Renaming(
         r"^(.*?)layers\.(\d+)\.attention\.o_proj$",
         (r"\1encoder.layer.\2.attention.output.dense.weight",),
+        ("vit",),
     ),
     _Renaming(
         r"^(.*?)layers\.(\d+)\.mlp\.fc1$",
         (r"\1encoder.layer.\2.intermediate.dense.weight",),
+        ("vit",),
     ),
     _Renaming(
         r"^(.*?)layers\.(\d+)\.mlp\.fc2$",
         (r"\1encoder.layer.\2.output.dense.weight",),
+        ("vit",),
     ),
 )
 
@@ -148,13 +157,16 @@ def find_tensors(
     return None
 
 
-def find_module(tensor: str) -> str:
+def find_module(tensor: str, model_type: str | None) -> str:
     """Return the path of the module whose weight, or part of it, a tensor holds.
 
     Args:
         tensor: its name. One of many experts gives the path of the stacked parameter.
+        model_type: of config.json; None: unknown.
     """
     for row in RENAMED:
+        if row.model_types and model_type not in row.model_types:
+            continue
         for template in row.tensors:
             match = re.match(_make_pattern(template), tensor)
             if match is not None:

@@ -77,7 +77,8 @@ def list_modules(
             continue
         reason = _why_no_matrix(checkpoint, name)
         if reason is None:
-            groups.setdefault(find_module(name), []).append(name)
+            path = find_module(name, config.get("model_type"))
+            groups.setdefault(path, []).append(name)
         else:
             reasons[name] = reason
 
@@ -188,7 +189,8 @@ def _make_module(
     numbers = [int(text) for n in names for text in re.findall(r"experts\.(\d+)\.", n)]
     num_experts = max(numbers, default=0) + 1
     pieces = find_tensors(path, set(names), num_experts)
-    if pieces is None or len(pieces) != len(names):
+    is_known = pieces is not None and pieces[0].expert is not None
+    if pieces is None or not is_known or len(pieces) != len(names):
         return "is one of many experts, which are not complete or not known as a stack"
     if len({checkpoint.info(name)[:2] for name in names}) != 1:
         return "is one of many experts, which differ in shape or dtype"

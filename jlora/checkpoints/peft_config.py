@@ -51,6 +51,12 @@ def check_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
             check_pattern(key, f"{path}: `{name}`")
             _check_number(path, f"{name}[{key!r}]", value, whole=name[0] == "r")
 
+    parameters = config.get("target_parameters") or []
+    is_list = isinstance(parameters, list)
+    if not is_list or not all(isinstance(name, str) for name in parameters):
+        rule, advice = "a list of strings", "Write the paths of the parameters"
+        _refuse(path, "target_parameters", rule, parameters, advice)
+
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_MOVING):
         _refuse(

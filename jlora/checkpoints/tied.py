@@ -31,7 +31,8 @@ def untie(
     embedding as a module, and the head keeps the old weight, so a merged file must hold
     both. New rows of tokens, though, and a replaced embedding hold for both uses.
     """
-    names = [str(name) for name in config.get("architectures") or ()]
+    given = config.get("architectures")
+    names = [str(name) for name in given] if isinstance(given, list) else []
     embedding_module, head = find_family(config.get("model_type")).tied
     end = f"{embedding_module}.weight"
     embedding = next((name for name in checkpoint if name.endswith(end)), None)

@@ -140,7 +140,98 @@ def test_several_adapters_add_up_with_their_weights(tmp_path):
     assert np.abs(found - expected).max() < CLOSE * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
+@pytest.mark.parametrize("name", peft_models.MODELS)
+def test_peft_merges_the_same_weights(tmp_path, name):
+    model = peft_models.make_model(peft_models.MODELS[name])
+    factors = draw_factors(peft_models.list_shapes(model))
+    jlora.save_peft(tmp_path / "adapter", factors)
+    merged, _ = merge(tmp_path, model, tmp_path / "adapter")
+    ours = merged.state_dict()
+    adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
+    theirs = adapted.merge_and_unload().state_dict()
+    assert ours.keys() == theirs.keys()
+    for key, weight in theirs.items():
+        # Both sum in float32; weights have a size of about one.
+        np.testing.assert_allclose(ours[key], weight, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_tied_model_merged_by_jlora_agrees_with_the_adapter(tmp_path, name):
+    """PEFT's own merge changes both uses of the weight, and so the outputs."""
+    makers = {"llama": peft_models.make_llama, "gpt2": peft_models.make_gpt2}
+    model = peft_models.make_model(lambda: makers[name](tie_word_embeddings=True))
+    model.save_pretrained(tmp_path / "base")
+    embedding = {"llama": "embed_tokens", "gpt2": "wte"}[name]
+    trained = peft_models.train(model, target_modules=[embedding])
+    trained.save_pretrained(tmp_path / "adapter")
+    expected = peft_models.compute(trained)
+    size = np.abs(expected).max()
+
+    merged, report = merge(tmp_path, model, tmp_path / "adapter")
+    assert report.untied == "lm_head.weight"
+    assert np.abs(peft_models.compute(merged) - expected).max() < CLOSE * size
+    theirs = peft_models.compute(trained.merge_and_unload())
+    assert np.abs(theirs - expected).max() > 0.05 * size
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_are_extracted_and_initialised_as_stacks(tmp_path, name):
+    makers = peft_models.MODELS | {"qwen3_moe": peft_models.make_qwen3_moe}
+    model = peft_models.make_model(makers[name])
+    model.save_pretrained(tmp_path / "base")
+    factors = draw_factors(peft_models.list_shapes(model))
+    jlora.save_peft(tmp_path / "adapter", factors)
+    tuned, _ = merge(tmp_path, model, tmp_path / "adapter")
+    tuned.save_pretrained(tmp_path / "tuned")
+    expected = peft_models.compute(tuned)
+
+    report = jlora.checkpoints.extract_checkpoint(
+        tmp_path / "base",
+        tmp_path / "tuned",
+        tmp_path / "extracted",
+        rank=8,
+        key=KEY,
+        progress=False,
+    )
+    assert {row.module for row in report.modules} == set(factors)
+    assert not report.skipped
+    adapted = peft.PeftModel.from_pretrained(
+        peft_models.reload(tmp_path / "base", model), tmp_path / "extracted"
+    )
+    found = peft_models.compute(adapted)
+    # The differences of float32 weights have rank 8 up to their rounding.
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+    report = jlora.checkpoints.initialize_checkpoint(
+        tmp_path / "base",
+        tmp_path / "new",
+        rank=4,
+        targets="experts|q_proj",
+        key=KEY,
+        progress=False,
+    )
+    assert any("experts" in row.module for row in report.modules)
+    base = peft_models.reload(tmp_path / "new" / "base", model)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "new" / "adapter")
+    expected, found = peft_models.compute(model), peft_models.compute(adapted)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_minilm_initialised_by_jlora_keeps_its_output(tmp_path):
+    folder = peft_models.find_minilm()
+    jlora.checkpoints.initialize_checkpoint(
+        folder, tmp_path / "new", rank=16, key=KEY, progress=False
+    )
+    model = peft_models.load_bert(folder)
+    expected = peft_models.compute(model)
+    base = peft_models.load_bert(tmp_path / "new" / "base")
+    assert np.abs(peft_models.compute(base) - expected).max() > 0.01
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "new" / "adapter")
+    found = peft_models.compute(adapted)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", peft_models.MODELS)
 def test_an_initialised_model_has_the_output_of_the_plain_one(tmp_path, name):
     model = peft_models.make_model(peft_models.MODELS[name])
     model.save_pretrained(tmp_path / "model")

@@ -2,8 +2,11 @@
 
 import numpy as np
 import peft
+import pytest
 import torch
 import transformers as tf
+
+from benchmarks.models import minilm
 
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
 TEXT = SIZES | {"vocab_size": 64, "intermediate_size": 48}
@@ -35,6 +38,24 @@ def make_vit():
 
 def make_mixtral():
     return tf.MixtralForCausalLM(tf.MixtralConfig(**HEADS, num_local_experts=3))
+
+
+def make_qwen3_moe():
+    sizes = {"num_experts": 3, "moe_intermediate_size": 24, "head_dim": 16}
+    sizes |= {"num_experts_per_tok": 2}
+    return tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**HEADS, **sizes))
+
+
+def find_minilm():
+    """Return the folder of MiniLM, whose package is optional."""
+    try:
+        return minilm.find_minilm()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+def load_bert(folder):
+    return tf.BertModel.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 MODELS = {
