@@ -36,7 +36,7 @@ class CheckpointPair:
         self.workspace, self.layers = workspace, layers
         self.base, self.tuned = (workspace.path / name for name in ("base", "tuned"))
         self._modules = list_modules(hidden, layers)
-        self._energies = {}  # of the checked modules, filled as they are needed
+        self._energies = {}  # {path: squared singular values}, on demand
 
     def list_checked(self):
         """Return the modules of the first and the last layer."""

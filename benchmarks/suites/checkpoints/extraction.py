@@ -23,6 +23,8 @@ from benchmarks.suites.checkpoints.torch_roads import (
 )
 from jlora.checkpoints import extract_checkpoint
 
+_LEAST_RUNS = 3  # the ratio of two times needs common rounds
+
 
 def make_extract_group(hidden, layers, rank, *, with_full_svd):
     """Return the group of the extraction of an adapter from two checkpoints."""
@@ -31,8 +33,12 @@ def make_extract_group(hidden, layers, rank, *, with_full_svd):
         functools.partial(_prepare_warm, rank),
         "jlora",
         "defaults; programs compiled before",
+        least_runs=_LEAST_RUNS,
     )
-    contenders = [ours, _make_torch("torch.svd_lowrank", decompose_randomly, rank)]
+    lowrank = _make_torch(
+        "torch.svd_lowrank", decompose_randomly, rank, least_runs=_LEAST_RUNS
+    )
+    contenders = [ours, lowrank]
     if with_full_svd:
         full = _make_torch("torch.linalg.svd", decompose_fully, rank, most_runs=1)
         contenders.append(full)
@@ -55,7 +61,7 @@ def make_cold_extract_group(hidden, layers, rank):
     return _make_group(hidden, layers, rank, [contender])
 
 
-def _make_torch(name, decompose, rank, most_runs=None):
+def _make_torch(name, decompose, rank, **runs):
     niter = ", q = rank, niter = 4" if decompose is decompose_randomly else ""
     setting = f"safe_open, a float32 difference, {name}{niter}, save_file"
     return Contender(
@@ -63,7 +69,7 @@ def _make_torch(name, decompose, rank, most_runs=None):
         functools.partial(_prepare_torch, name, decompose, rank),
         setting=setting,
         requires=("torch", "safetensors"),
-        most_runs=most_runs,
+        **runs,
     )
 
 
