@@ -4,6 +4,7 @@ factorization    truncated SVD of weights
 updates          factors → factors: recompression, low-rank terms, rank budgets
 reconstruction   factors → matrix, and factors → activations
 adaptation       whole models: first factors and steps of training
+checkpoints      jobs from files to files: extraction, merges, peak memory
 package          import time and the demonstration
 
 Each package has `list_groups(level_name, platform)`. Records of different commits are
@@ -12,7 +13,14 @@ matched by the names of suite, operation, case and contender: they must not chan
 
 import importlib
 
-SUITES = ("factorization", "updates", "reconstruction", "adaptation", "package")
+SUITES = (
+    "factorization",
+    "updates",
+    "reconstruction",
+    "adaptation",
+    "checkpoints",
+    "package",
+)
 
 
 def list_suite(name, level_name, platform):

@@ -8,6 +8,7 @@ factorization    truncated SVD: time, error, memory, compile time
 updates          recompression, combination, low-rank terms, rank budgets
 reconstruction   merges, adapted layers, roundings
 adaptation       whole models and training steps
+checkpoints      jobs from files to files: time, error, peak memory
 """
 
 from benchmarks.report.targets.evaluation import evaluate_targets, list_targets

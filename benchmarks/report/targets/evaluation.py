@@ -3,6 +3,7 @@
 from benchmarks.report.statistics import is_measured
 from benchmarks.report.targets import (
     adaptation,
+    checkpoints,
     factorization,
     package,
     reconstruction,
@@ -23,7 +24,14 @@ def evaluate_targets(records):
 
 def list_targets():
     """Return the `Target`s of all parts, in order."""
-    suites = (package, factorization, updates, reconstruction, adaptation)
+    suites = (
+        package,
+        factorization,
+        updates,
+        reconstruction,
+        adaptation,
+        checkpoints,
+    )
     return [target for suite in suites for target in suite.TARGETS]
 
 

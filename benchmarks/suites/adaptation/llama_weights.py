@@ -63,7 +63,7 @@ def make_model(hidden, layers, dtype):
     arrays = {}
     for layer in range(min(layers, LAYERS_AT_ONCE)):
         for name, shape in shapes.items():
-            arrays[f"layers/{layer}/{name}"] = _vary(rng, bases[shape])
+            arrays[f"layers/{layer}/{name}"] = vary_matrix(rng, bases[shape])
     return ModelWeights(arrays, count_repeats(layers))
 
 
@@ -82,6 +82,7 @@ def count_repeats(layers):
     return -(-layers // LAYERS_AT_ONCE)
 
 
-def _vary(rng, a):
+def vary_matrix(rng, a):
+    """Return a matrix of the same singular values and other singular vectors."""
     signs = rng.choice(np.array([-1, 1], a.dtype), (len(a), 1))
     return np.take(a, rng.permutation(a.shape[1]), axis=1) * signs
