@@ -42,6 +42,7 @@ architectures       names and layouts of the weights of model families
 window_store        arrays of a job on disk, until its result is written
 factor_store        singular triplets there
 adapter_ranks       ranks of modules, and a report of their energies
+pipelines           reading ahead and writing behind
 memory              the limit of memory of a job
 output_folder       a folder that appears whole
 """

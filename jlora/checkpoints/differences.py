@@ -27,6 +27,9 @@ from jlora.reconstruction.dense import reconstruct
 # Enough to keep more energy than torch.svd_lowrank with niter=4, in half of its time.
 _NUM_PASSES = 10
 _BLOCK = 2**22  # elements that are subtracted at once
+# The part of the energy above which a difference of float32 numbers, of about 1e-6,
+# gives the rest to four digits.
+_SMALL = 0.01
 
 
 class Operands(NamedTuple):
@@ -104,10 +107,13 @@ def _decompose_window(
         needed = count_work_bytes(first.module.shape, rank)
         limit = find_work_bytes(max_memory)
         size = fit_chunk_size(first.module.num_elements, needed, limit)
+        # One buffer for all chunks of a group: to fill a new one takes as long as to
+        # subtract. The last chunk may leave older matrices in it, which run along.
+        delta = jnp.zeros((size, *_get_stored_shape(first.module)), jnp.float32)
         for chunk in _split(refs, size):
-            yield from zip(
-                chunk, _decompose(chunk, size, operands, rank, key), strict=True
-            )
+            delta = _subtract(delta, chunk, operands)
+            parts = _decompose(delta, chunk, operands, rank, key)
+            yield from zip(chunk, parts, strict=True)
 
 
 def _split(refs: list[MatrixRef], size: int) -> Iterator[list[MatrixRef]]:
@@ -116,35 +122,46 @@ def _split(refs: list[MatrixRef], size: int) -> Iterator[list[MatrixRef]]:
         yield chunk
 
 
-def _decompose(
-    chunk: list[MatrixRef],
-    size: int,
-    operands: Operands,
-    rank: int,
-    key: PRNGKey,
-) -> list[Part]:
-    """Return the parts of matrices of one shape, computed as one batch."""
-    first = chunk[0].module
-    shape = first.shape if first.layout == "io" else first.shape[::-1]
-    # Fill the last chunk with zeros, so that it runs the same program.
-    delta = jnp.zeros((size, *shape), jnp.float32)
-    step = min(shape[0], max(1, _BLOCK // shape[1]))
+def _get_stored_shape(module: StoredModule) -> tuple[int, int]:
+    num_inputs, num_outputs = module.shape
+    is_io = module.layout == "io"
+    return (num_inputs, num_outputs) if is_io else (num_outputs, num_inputs)
+
+
+def _choose_step(num_rows: int, num_columns: int) -> int:
+    """Return how many rows are worked on at once."""
+    return min(num_rows, max(1, _BLOCK // num_columns))
+
+
+def _subtract(delta: Array, chunk: list[MatrixRef], operands: Operands) -> Array:
+    """Return the buffer [k, m, n] with the differences of a chunk."""
+    num_rows = delta.shape[1]
+    step = _choose_step(*delta.shape[1:])
     for index, ref in enumerate(chunk):
-        for start in range(0, shape[0], step):
+        for start in range(0, num_rows, step):
             # The last block overlaps the one before: all have one shape.
-            start = min(start, shape[0] - step)
+            start = min(start, num_rows - step)
             blocks = tuple(
                 jnp.asarray(read_rows(each, ref, start, start + step))
                 for each in operands
                 if each is not None
             )
             delta = _subtract_rows(delta, blocks, index, start)
+    return delta
 
+
+def _decompose(
+    delta: Array,
+    chunk: list[MatrixRef],
+    operands: Operands,
+    rank: int,
+    key: PRNGKey,
+) -> list[Part]:
+    """Return the parts of matrices of one shape, computed as one batch."""
+    size, *shape = delta.shape
     keys = [fold_path(key, ref.name) for ref in chunk]
     keys += [keys[0]] * (size - len(chunk))
-    found = jax.device_get(
-        _decompose_batch(delta, jnp.stack(keys), min(rank, *shape), step)
-    )
+    found = jax.device_get(_decompose_batch(delta, jnp.stack(keys), min(rank, *shape)))
     parts = []
     for index, ref in enumerate(chunk):
         svd, rest, is_finite = jax.tree.map(lambda array, i=index: array[i], found)
@@ -154,7 +171,7 @@ def _decompose(
                 f"{ref.name}. Train it again."
             )
         # From inputs to outputs: the factors of the transpose are these, exchanged.
-        if first.layout == "oi":
+        if ref.module.layout == "oi":
             svd = SVD(svd.vt.T, svd.s, svd.u.T)
         parts.append(Part(svd, float(rest)))
     return parts
@@ -170,34 +187,52 @@ def _subtract_rows(
     return jax.lax.dynamic_update_slice(delta, rows[None], (index, start, 0))
 
 
-@functools.partial(jax.jit, static_argnames=("rank", "step"))
+@functools.partial(jax.jit, static_argnames="rank")
 def _decompose_batch(
-    delta: Float[Array, "k m n"], keys: PRNGKey, rank: int, step: int
+    delta: Float[Array, "k m n"], keys: PRNGKey, rank: int
 ) -> tuple[SVD, Float[Array, " k"], Array]:
     """Return the leading triplets of each matrix, the norm of the rest, "finite"."""
-    run = functools.partial(_decompose_matrix, rank=rank, step=step)
+    run = functools.partial(_decompose_matrix, rank=rank)
     if len(delta) == 1:
         return jax.tree.map(lambda array: array[None], run(delta[0], keys[0]))
     return jax.vmap(run)(delta, keys)
 
 
 def _decompose_matrix(
-    delta: Float[Array, "m n"], key: PRNGKey, *, rank: int, step: int
+    delta: Float[Array, "m n"], key: PRNGKey, *, rank: int
 ) -> tuple[SVD, Array, Array]:
     svd = randomized_svd(delta, rank, key=key, num_passes=_NUM_PASSES)
+    # First along the rows: a sum over millions of squares in float32 loses digits.
+    total = frobenius_norm(jax.vmap(frobenius_norm)(delta[:, None])[None])
+    parts = svd.s / jnp.where(total > 0, total, 1)
+    part_left = 1 - jnp.sum(parts**2)
+
+    # The difference of two numbers near 1 has few digits if little is left.
+    rest = jax.lax.cond(
+        part_left > _SMALL,
+        lambda: total * jnp.sqrt(jnp.maximum(part_left, 0)),
+        lambda: _measure_rest(delta, svd),
+    )
+    is_finite = jnp.isfinite(total) & jnp.isfinite(svd.s).all()
+    return svd, rest, is_finite
+
+
+def _measure_rest(delta: Float[Array, "m n"], svd: SVD) -> Float[Array, ""]:
+    """Return the norm of delta - u diag(s) vt, block by block.
+
+    A whole residual would take as much memory as the matrix.
+    """
     u, v = split_svd(svd, "right")
     num_rows = len(delta)
+    step = _choose_step(*delta.shape)
 
-    def measure_block(start: Array) -> tuple[Array, Array]:
-        """Return the norm of some rows of the residual, and whether all are finite."""
+    def measure_block(start: Array) -> Array:
         first = jnp.minimum(start, num_rows - step)
         rows = jax.lax.dynamic_slice_in_dim(delta, first, step)
         own_u = jax.lax.dynamic_slice_in_dim(u, first, step)
         residual = reconstruct(Factors(own_u, v), rows, scale=-1.0)
         is_new = first + jnp.arange(step) >= start
-        norm = frobenius_norm(jnp.where(is_new[:, None], residual, 0))
-        return norm, jnp.isfinite(rows).all()
+        return frobenius_norm(jnp.where(is_new[:, None], residual, 0))
 
-    # In blocks: a whole residual would take as much memory as the matrix.
-    norms, are_finite = jax.lax.map(measure_block, jnp.arange(0, num_rows, step))
-    return svd, frobenius_norm(norms[None]), are_finite.all()
+    norms = jax.lax.map(measure_block, jnp.arange(0, num_rows, step))
+    return frobenius_norm(norms[None])

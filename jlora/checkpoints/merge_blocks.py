@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jlora._progress import Progress
-from jlora._types import PRNGKey
+from jlora._types import Array, PRNGKey
 from jlora.adaptation.paths import fold_path
 from jlora.checkpoints.changes import Change
 from jlora.checkpoints.checkpoint import Checkpoint
 from jlora.checkpoints.merge_plan import OutputTensor
 from jlora.checkpoints.output_folder import copy_range, write_array
 from jlora.checkpoints.peft_file import make_pair
+from jlora.checkpoints.pipelines import Pipeline
 from jlora.checkpoints.safetensors import find_dtype, format_header
 from jlora.factors import Factors
 from jlora.reconstruction.dense import reconstruct
 
 # Entries of a matrix that are merged at once; float32 temporaries of it exist.
-_BLOCK = 2**22
-WORK_BYTES = 32 * _BLOCK  # of all temporaries
+_BLOCK = 2**21
+WORK_BYTES = 64 * _BLOCK  # of all temporaries
 
 
 def write_tensors(
@@ -49,29 +52,32 @@ def write_tensors(
     """
     entries = [(t.name, t.dtype, t.shape, t.num_bytes) for t in plan]
     file.write(format_header(entries))
-    with open(path, "rb") as source:
+    with open(path, "rb") as source, Pipeline() as pipeline:
         for tensor in plan:
             if bar is not None:
                 bar.count(1, tensor.num_bytes)
             if tensor.change is None:
                 assert tensor.source is not None
                 place = checkpoint.locate(tensor.source)
-                copy_range(source.fileno(), file, place.start, place.num_bytes)
+                pipeline.write(
+                    copy_range, source.fileno(), file, place.start, place.num_bytes
+                )
                 continue
             own_key = None if key is None else fold_path(key, tensor.name)
-            for block in _merge_tensor(checkpoint, tensor, rounding, own_key):
-                write_array(file, block)
+            blocks = _list_blocks(checkpoint, tensor, pipeline)
+            for start, block in blocks:
+                merged = _merge_block(block, tensor, start, rounding, own_key)
+                pipeline.write(_write_block, file, merged, tensor)
 
 
-def _merge_tensor(
-    checkpoint: Checkpoint, tensor: OutputTensor, rounding: Any, key: PRNGKey | None
-) -> Iterator[np.ndarray]:
-    """Yield the rows of a changed tensor, block by block."""
+def _list_blocks(
+    checkpoint: Checkpoint, tensor: OutputTensor, pipeline: Pipeline
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (first row, rows) of the input of a changed tensor, read ahead."""
     change = tensor.change
     assert change is not None
     if change.value is not None:
-        dtype = find_dtype(tensor.dtype)
-        yield np.asarray(change.value, dtype)
+        yield 0, np.asarray(change.value, find_dtype(tensor.dtype))
         return
     assert tensor.source is not None
 
@@ -80,11 +86,64 @@ def _merge_tensor(
     step = max(1, _BLOCK // max(row_size, 1))
     if change.magnitude is not None and not change.outputs_first:
         step = num_rows  # the norm of an output needs all the inputs
-    for start in range(0, num_rows, step):
-        block = checkpoint.read_rows(tensor.source, start, start + step)
-        own_key = None if key is None else jax.random.fold_in(key, start)
-        with jax.enable_x64(block.dtype == np.float64):
-            yield _merge_rows(block, change, start, rounding, own_key, tensor.name)
+    name, starts = tensor.source, range(0, num_rows, step)
+    calls = ((checkpoint.read_rows, name, start, start + step) for start in starts)
+    yield from zip(starts, pipeline.read(calls), strict=True)
+
+
+def _merge_block(
+    block: np.ndarray,
+    tensor: OutputTensor,
+    start: int,
+    rounding: Any,
+    key: PRNGKey | None,
+) -> tuple[Any, Any]:
+    """Return some rows of a tensor, changed, in its dtype, and whether all are finite.
+
+    They may still be computed on the device.
+    """
+    change = tensor.change
+    assert change is not None
+    if change.value is not None:
+        return block, True
+    own_key = None if key is None else jax.random.fold_in(key, start)
+    is_plain = change.magnitude is None and change.addend is None
+    with jax.enable_x64(block.dtype == np.float64):
+        if is_plain and change.rows is None:
+            pair = _take_rows(change.pairs, start, start + len(block), block.dtype)
+            return _add_pair(pair, block, own_key, rounding=rounding)
+        merged = _merge_rows(block, change, start, rounding, own_key)
+    return merged, np.isfinite(merged).all()
+
+
+@functools.partial(jax.jit, static_argnames="rounding")
+def _add_pair(
+    pair: Factors, block: Array, key: PRNGKey | None, *, rounding: Any
+) -> tuple[Array, Array]:
+    """Return base + u @ v, and whether all of it is finite."""
+    # A block is small enough that the product and the sum after it stay in the cache:
+    # 2.2 ms at rank 16 in bfloat16, and 4.1 ms for one pass rank by rank.
+    is_product_faster = jax.default_backend() == "cpu" and pair.u.shape[-1] > 8
+    merged = reconstruct(
+        pair,
+        block,
+        rounding=rounding,
+        key=key,
+        implementation="plain" if is_product_faster else None,
+    )
+    return merged, jnp.isfinite(merged).all()
+
+
+def _write_block(file: BinaryIO, merged: tuple[Any, Any], tensor: OutputTensor) -> None:
+    """Wait for a block and append it."""
+    block, is_finite = merged
+    if not is_finite:
+        dtype = find_dtype(tensor.dtype)
+        raise ValueError(
+            f"{tensor.name}: must stay finite in {dtype}, got NaN or Inf. Check the "
+            "adapter, or cast the model to float32 first."
+        )
+    write_array(file, np.asarray(block))
 
 
 def _merge_rows(
@@ -93,14 +152,12 @@ def _merge_rows(
     start: int,
     rounding: Any,
     key: PRNGKey | None,
-    name: str,
 ) -> np.ndarray:
-    """Return some rows of a tensor, changed, in its dtype."""
+    """Return some rows of a tensor, with every kind of change, in its dtype."""
     dtype, stop = block.dtype, start + len(block)
-    wide = np.dtype(np.float64 if dtype == np.float64 else np.float32)
-
+    wide = _widen(dtype)
     if change.pairs:
-        pair = _take_rows(change.pairs, start, stop, wide)
+        pair = _take_rows(change.pairs, start, stop, dtype)
         if change.magnitude is None and change.addend is None:
             merged = reconstruct(pair, block, rounding=rounding, key=key)
         else:
@@ -115,19 +172,25 @@ def _merge_rows(
         for index, row in zip(*change.rows, strict=True):
             if start <= index < stop:
                 block[index - start] = row.astype(dtype)
-
-    if not np.isfinite(block).all():
-        raise ValueError(
-            f"{name}: must stay finite in {dtype}, got NaN or Inf. Check the adapter, "
-            "or cast the model to float32 first."
-        )
     return block
+
+
+def _widen(dtype: np.dtype) -> np.dtype:
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
 def _take_rows(
     pairs: Sequence[Factors], start: int, stop: int, dtype: np.dtype
 ) -> Factors:
-    """Return rows start to stop of the sum of factors, as one pair."""
+    """Return rows start to stop of the sum of factors, as one pair.
+
+    Args:
+        pairs: factors of the whole tensor.
+        start: first row.
+        stop: end.
+        dtype: of the tensor; the pair has it in at least float32.
+    """
+    dtype = _widen(dtype)
     if pairs[0].u.ndim == 3:  # stacked experts: the first axis is theirs
         us = [pair.u[start:stop] for pair in pairs]
         vs = [pair.v[start:stop] for pair in pairs]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import pathlib
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import numpy as np
 
 from jlora.checkpoints.safetensors import find_dtype
 from jlora.checkpoints.safetensors_header import TensorEntry
+
+_ALIGNMENT = 64  # bytes
 
 
 class StoredArray(Protocol):
@@ -117,7 +120,7 @@ class SafetensorsArray(NamedTuple):
             )
         shape = (last - first, *self.shape[1:]) if self.shape else ()
         row_bytes = self.num_bytes // max(self.shape[0], 1) if self.shape else 0
-        rows = np.empty(shape, dtype)
+        rows = _make_aligned(shape, dtype)
 
         with open_unchanged(self.state) as file:
             file.seek(self.entry.start + first * row_bytes)
@@ -126,6 +129,14 @@ class SafetensorsArray(NamedTuple):
                     f"{self.file}: ended within {self.name}. Download it again."
                 )
         return rows
+
+
+def _make_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return an array whose memory XLA can use on a CPU without a copy."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 class Readable(Protocol):
