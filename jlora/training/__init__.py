@@ -1,6 +1,7 @@
 """Loss + batches → trained factors.
 
-loop.py             fit, init_train, train_step
+loop.py             fit; runs.py, batches.py, monitor.py, run_checkpoints.py: its parts
+steps.py            init_train, train_step; step_programs.py: what is compiled
 evaluation.py       evaluate_loss, measure_cost
 optimizers/         optax transformations for factors (also `jlora.optimizers`)
 gradient_steps.py   the pure functions behind them: precondition_gradient, ...
@@ -9,12 +10,14 @@ riemannian.py       tangent projection, retraction, integration at fixed rank
 
 from jlora.training import optimizers  # noqa: F401
 from jlora.training.evaluation import TrainingCost, evaluate_loss, measure_cost
+from jlora.training.fit_result import FitResult
 from jlora.training.gradient_steps import (
     precondition_gradient,
     project_gradient_out,
     transport_moments,
 )
-from jlora.training.loop import FitResult, fit
+from jlora.training.loop import fit
+from jlora.training.monitor import Evaluation
 from jlora.training.riemannian import (
     IntegratedSVD,
     Tangent,
@@ -22,9 +25,11 @@ from jlora.training.riemannian import (
     project_tangent,
     retract,
 )
-from jlora.training.steps import TrainState, init_train, train_step
+from jlora.training.step_programs import TrainState
+from jlora.training.steps import init_train, train_step
 
 __all__ = [
+    "Evaluation",
     "FitResult",
     "IntegratedSVD",
     "Tangent",

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
+from jlora import _checks
+
 
 def check_fit(loss: Any, adapted: Any, optimizer: Any, batches: Any) -> None:
     """Refuse arguments of `fit` that would fail later, with a message of JAX."""
@@ -34,6 +36,28 @@ def check_fit(loss: Any, adapted: Any, optimizer: Any, batches: Any) -> None:
             "`batches` must be an iterable of batches, got "
             f"{type(batches).__name__}. Put a single batch in a list."
         )
+
+
+def check_fit_options(
+    *, key: Any, evaluate: Any, callback: Any, **counts: Any
+) -> dict[str, Any]:
+    """Return the checked numbers of steps of `fit`, by name; None stays None."""
+    if key is not None:
+        _checks.check_key(key)
+    for name, function in (("evaluate", evaluate), ("callback", callback)):
+        if function is not None and not callable(function):
+            raise TypeError(
+                f"`{name}` must be a function, got {type(function).__name__}. Pass one."
+            )
+    if counts["patience"] is not None and evaluate is None:
+        raise ValueError(
+            "`evaluate` must be given with patience, got None. Pass a function of the "
+            "adapted tree."
+        )
+    return {
+        name: value if value is None else _checks.check_integer(value, name)
+        for name, value in counts.items()
+    }
 
 
 def _check_outside_of_jit(adapted: Any) -> None:

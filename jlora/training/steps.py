@@ -1,41 +1,22 @@
-"""One training step as a pure function, and its state."""
+"""The state of a training run, and one step of it."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jlora._types import Array, Bool, Float, Int, Tree
-from jlora.adaptation.weight_trees import join, split_trainable
-
-Loss = Callable[[Tree, Any], Array]  # loss(params, batch) -> scalar
-
-
-class TrainState(NamedTuple):
-    """The arguments of the next training step; donated, so use only the newest one.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, jlora, optax
-        >>> params = {"w": jnp.ones((4, 3))}
-        >>> plan = jlora.make_plan(params, jlora.Rule("w", 1))
-        >>> adapted = jlora.adapt(params, plan, key=jax.random.key(0))
-        >>> state, frozen = jlora.init_train(adapted, optax.sgd(0.1))
-        >>> int(state.step), bool(state.is_finite)
-        (0, True)
-    """
-
-    trainable: Tree  # the trained arrays
-    last_good: Tree  # the same tree at the last finite loss, all of it finite
-    opt_state: Any  # optax state of `trainable`
-    step: Int[Array, ""]  # updates made
-    is_finite: Bool[Array, ""]  # once False, further steps change nothing
+from jlora._types import PRNGKey, Tree
+from jlora.adaptation.weight_trees import split_trainable
+from jlora.training.step_programs import (
+    Loss,
+    StepOptions,
+    TrainState,
+    compile_step,
+)
 
 
 def init_train(
@@ -116,7 +97,10 @@ def train_step(
     state: TrainState,
     frozen: Tree,
     batch: Any,
-) -> tuple[TrainState, Float[Array, ""]]:
+    *,
+    key: PRNGKey | None = None,
+    has_aux: bool = False,
+) -> tuple[TrainState, Any]:
     """Return (state, loss) after one update; the given state is donated.
 
     A loss or an updated array that is not finite changes nothing except `is_finite`,
@@ -130,14 +114,19 @@ def train_step(
     rule for v can read the frozen u.
 
     Args:
-        loss: loss(params, batch) -> scalar, static.
+        loss: loss(params, batch) -> scalar, static; loss(params, batch, key) if `key`
+            is given.
         optimizer: any optax.GradientTransformation, static.
         state: `TrainState`, donated.
         frozen: tree from `init_train`.
         batch: pytree of arrays.
+        key: one typed PRNG key of the whole run; the loss gets it folded with the
+            number of the step. None: the loss takes no key.
+        has_aux: static, whether the loss returns (scalar, metrics).
 
     Returns:
-        The new `TrainState`, and the loss before the update.
+        The new `TrainState`, and the loss before the update; with `has_aux` a pair of
+        the loss and its metrics.
 
     Raises:
         TypeError: a loss that is no scalar.
@@ -155,101 +144,6 @@ def train_step(
         >>> int(state.step)
         1
     """
-    return _compile_step(loss, optimizer)(state, frozen, batch)
-
-
-# A program of 3 MB for each new function or optimiser: those used last are kept.
-@functools.lru_cache(maxsize=16)
-def _compile_step(loss: Loss, optimizer: optax.GradientTransformation) -> Callable:
-    step = functools.partial(_take_step, loss, optimizer)
-    return jax.jit(step, donate_argnums=0)
-
-
-def _take_step(
-    loss: Loss,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    frozen: Tree,
-    batch: Any,
-) -> tuple[TrainState, Array]:
-    # A line search passes all extra arguments on to `value_fn`, also `frozen`.
-    def evaluate(trainable: Tree, frozen: Tree = frozen) -> Array:
-        return _check_loss(loss(join(trainable, frozen), batch))
-
-    # Differentiate, and let the optimiser see all that it may ask for.
-    value, gradient = jax.value_and_grad(evaluate)(state.trainable)
-    optimizer = optax.with_extra_args_support(optimizer)
-    extra = {
-        "value": value,
-        "grad": gradient,
-        "value_fn": evaluate,
-        "frozen": frozen,
-    }
-    updates, opt_state = optimizer.update(
-        gradient, state.opt_state, state.trainable, **_pick_known(optimizer, extra)
-    )
-    updated = optax.apply_updates(state.trainable, updates)
-
-    # Keep the old state if the loss or an updated array is not finite, now or before.
-    is_loss_good = jnp.isfinite(value) | _is_guarded(state.opt_state)
-    proceed = state.is_finite & is_loss_good & _is_all_finite(updated)
-    # Arrays that gave a finite loss are good, also if their update is not.
-    is_good = state.is_finite & is_loss_good
-    good = _select(is_good, state.trainable, state.last_good)
-    new_state = TrainState(
-        _select(proceed, updated, good),
-        good,
-        _select(proceed, opt_state, state.opt_state),
-        state.step + proceed.astype(jnp.int32),
-        proceed,
-    )
-    return new_state, value
-
-
-def _select(condition: Array, new: Tree, old: Tree) -> Tree:
-    return jax.tree.map(functools.partial(jnp.where, condition), new, old)
-
-
-def _check_loss(value: Any) -> Any:
-    """Refuse a loss that is no real number: JAX would name none of our arguments."""
-    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
-    if isinstance(value, float):
-        return value
-    if dtype is not None and shape == () and jnp.issubdtype(dtype, jnp.floating):
-        return value
-    got = type(value).__name__ if dtype is None else f"{dtype} of shape {shape}"
-    raise TypeError(
-        f"`loss` must return one real floating number, got {got}. Return the loss "
-        "itself, without auxiliary values."
-    )
-
-
-def _is_all_finite(tree: Tree) -> Array:
-    """Return whether all floating arrays of a tree are finite."""
-    checks = [
-        jnp.all(jnp.isfinite(leaf))
-        for leaf in jax.tree.leaves(tree)
-        if jnp.issubdtype(leaf.dtype, jnp.inexact)
-    ]
-    return jnp.all(jnp.stack(checks))
-
-
-def _is_guarded(opt_state: Any) -> bool:
-    """Return whether optax.apply_if_finite is part of the optimiser."""
-    nodes = jax.tree.leaves(opt_state, is_leaf=_is_guard)
-    return any(map(_is_guard, nodes))
-
-
-def _is_guard(node: Any) -> bool:
-    return isinstance(node, optax.ApplyIfFiniteState)
-
-
-def _pick_known(
-    optimizer: optax.GradientTransformationExtraArgs, extra: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the arguments that `optimizer.update` takes by name."""
-    parameters = inspect.signature(optimizer.update).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return extra
-    names = {parameter.name for parameter in parameters}
-    return {name: value for name, value in extra.items() if name in names}
+    run = compile_step(loss, optimizer, StepOptions(has_aux))
+    state, (value, aux) = run(state, frozen, batch, key)
+    return state, (value, aux) if has_aux else value

@@ -41,6 +41,11 @@ def inputs(tmp_path):
     return folder
 
 
+SMALL_WINDOWS = """
+import jlora
+from jlora.checkpoints import window_store
+window_store._WINDOW_BYTES = 1  # one matrix each
+"""
 JOBS = {
     "merge": "jlora.checkpoints.merge_checkpoint("
     "'{0}/base', '{0}/adapter', output, progress=False)",
@@ -62,7 +67,7 @@ def test_killed_runs_are_completed_with_the_same_bytes(
     before = list_bytes(inputs)
     (tmp_path / "results").mkdir()
     code = JOBS[job].format(inputs)
-    results = kill_runs(code, tmp_path / "results", num_kills)
+    results = kill_runs(code, tmp_path / "results", num_kills, SMALL_WINDOWS)
     expected = list_bytes(results[0])
     assert len(expected) > 1
     for result in results[1:]:

@@ -9,9 +9,7 @@ import sys
 # import, and so the kills fall into the work itself.
 _LOOP = """
 import os, pathlib, random, signal, sys, time
-import jlora
-from jlora.checkpoints import window_store
-window_store._WINDOW_BYTES = 1  # one matrix each
+{setup}
 
 def run(output):
     {job}
@@ -44,15 +42,19 @@ assert os.waitpid(start(output), 0)[1] == 0
 """
 
 
-def kill_runs(job: str, folder: pathlib.Path, num_kills: int) -> list[pathlib.Path]:
+def kill_runs(
+    job: str, folder: pathlib.Path, num_kills: int, setup: str = "import jlora"
+) -> list[pathlib.Path]:
     """Return the results of a job that was killed many times, the last one completed.
 
     Args:
         job: code that writes `output` with `jlora`.
         folder: for the results.
         num_kills: how many runs are killed.
+        setup: code that runs once, before all jobs; it must not start a device.
     """
-    command = [sys.executable, "-c", _LOOP.format(job=job)]
+    code = _LOOP.format(job=job.replace("\n", "\n    "), setup=setup)
+    command = [sys.executable, "-c", code]
     command += [str(folder / name) for name in ("out", "undisturbed")]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
