@@ -139,7 +139,7 @@ def _read_lines(path: pathlib.Path, step: int) -> list[str]:
         try:
             is_old = json.loads(line)["step"] <= step
         except (ValueError, KeyError, TypeError):
-            continue  # cut off when the run was killed
+            continue  # half a line of a killed run
         if is_old:
             kept.append(line)
     return kept

@@ -97,6 +97,8 @@ class Run:
 
     def _take_steps(self) -> None:
         """Take the steps of all batches, or until there is a reason to stop."""
+        if self.stop_reason is not None:  # of a run that was resumed
+            return
         group = self.feed.next_group(self._find_limit())
         while group:
             self._dispatch(group)
@@ -174,7 +176,7 @@ class Run:
         return f", {self._num_examples / max(seconds, 1e-9):.0f} examples/s"
 
     def _evaluate(self) -> None:
-        """Evaluate the tree as it is now, unless a step before was not finite."""
+        """Evaluate the present tree, unless a step before was not finite."""
         self._look()
         if not bool(self.state.is_finite):
             return
@@ -187,7 +189,7 @@ class Run:
             self.callback(found.step, dict(found.values))
 
     def _save(self, num_batches: int, iterator_state: Any) -> None:
-        """Begin to write a checkpoint of the run as it is now."""
+        """Begin to write a checkpoint of this moment."""
         self._look()
         assert self.checkpoints is not None
         if num_batches == self._saved_at:
