@@ -51,10 +51,14 @@ NAMES = [
         "layers.11.mlp.fc2",
         "oi",
     ),
-    ("mixtral", "model.layers.1.block_sparse_moe.gate.weight",
-     "model.layers.1.mlp.gate", "oi"),
+    (
+        "mixtral",
+        "model.layers.1.block_sparse_moe.gate.weight",
+        "model.layers.1.mlp.gate",
+        "oi",
+    ),
     (None, "params.Dense_0.kernel", "=", "io"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("model_type", "tensor", "path", "layout"), NAMES)
@@ -77,12 +81,18 @@ def test_the_user_decides_the_layout_first(tmp_path):
 @pytest.mark.parametrize(
     ("template", "parts", "paths"),
     [
-        ("model.layers.0.block_sparse_moe.experts.{}.{}.weight", ("w1", "w2", "w3"),
-         "model.layers.0.mlp.experts"),
-        ("model.layers.0.mlp.experts.{}.{}.weight",
-         ("gate_proj", "down_proj", "up_proj"), "model.layers.0.mlp.experts"),
+        (
+            "model.layers.0.block_sparse_moe.experts.{}.{}.weight",
+            ("w1", "w2", "w3"),
+            "model.layers.0.mlp.experts",
+        ),
+        (
+            "model.layers.0.mlp.experts.{}.{}.weight",
+            ("gate_proj", "down_proj", "up_proj"),
+            "model.layers.0.mlp.experts",
+        ),
     ],
-)  # fmt: skip
+)
 def test_experts_are_stacks(tmp_path, template, parts, paths):
     rng = np.random.default_rng(0)
     gate, down, up = parts
@@ -154,8 +164,14 @@ def test_fp8_is_read_with_its_scale(tmp_path):
 
 
 def test_default_targets_leave_out_embeddings_heads_and_routers(tmp_path):
-    names = ["embed_tokens", "lm_head", "layers.0.mlp.gate", "score", "layers.0.q_proj",
-             "layers.0.mlp.gate_proj"]  # fmt: skip
+    names = [
+        "embed_tokens",
+        "lm_head",
+        "layers.0.mlp.gate",
+        "score",
+        "layers.0.q_proj",
+        "layers.0.mlp.gate_proj",
+    ]
     _, found, _ = open_model(tmp_path / "m", [f"{name}.weight" for name in names])
     chosen = [m.path for m in found if modules.is_target(m, None)]
     assert chosen == ["layers.0.mlp.gate_proj", "layers.0.q_proj"]
