@@ -39,6 +39,7 @@ merge_jobs          `merge_checkpoint`; merge_plan, merge_blocks, changes, tied:
 adapter_jobs        `resize_adapter`, `combine_adapters`; adapter_sums: their factors
 modules             the weights of a checkpoint as modules
 architectures       names and layouts of the weights of model families
+saved_parameters    whole parameters beside factors
 window_store        arrays of a job on disk, until its result is written
 factor_store        singular triplets there
 adapter_ranks       ranks of modules, and a report of their energies

@@ -77,9 +77,6 @@ def write_job_adapter(
         prefix: path of the adapter in the folder, with a last "/".
     """
     content = {**layout.config, **config}
-    if saved:
-        names = sorted({name.rpartition(".")[0] for name in saved})
-        content["modules_to_save"] = names
     folder.write(
         prefix + MODEL_NAME, lambda file: write_factors(file, layout, read, saved)
     )

@@ -35,7 +35,6 @@ from jlora.checkpoints.factor_store import (
 )
 from jlora.checkpoints.float_weights import is_floating, is_fp8
 from jlora.checkpoints.folders import read_model_config
-from jlora.checkpoints.lazy_tensors import LazyTensor
 from jlora.checkpoints.memory import check_max_memory
 from jlora.checkpoints.modules import (
     StoredModule,
@@ -44,6 +43,7 @@ from jlora.checkpoints.modules import (
     list_modules,
 )
 from jlora.checkpoints.output_folder import check_target, identify, open_output
+from jlora.checkpoints.saved_parameters import can_be_saved, plan_saved
 from jlora.checkpoints.window_store import WORK, WindowStore
 
 Path = str | os.PathLike[str]
@@ -157,7 +157,7 @@ def extract_checkpoint(
     }
     refs = list_matrices(modules)
     num_bytes = sum(4 * max_rank * sum(ref.module.shape) for ref in refs)
-    num_bytes = 2 * num_bytes + sum(array.nbytes for array in saved.values())
+    num_bytes = 2 * num_bytes + sum(2 * new.info(name).num_bytes for name in saved)
     with open_output(output, inputs=inputs, num_bytes=num_bytes, job=job) as folder:
         store = WindowStore(folder, refs, max_rank, "svd")
         with Progress("extract", len(refs), enabled=progress, unit="matrices") as bar:
@@ -169,7 +169,10 @@ def extract_checkpoint(
             _refuse_no_factors(old, new, bool(report.skipped))
         layout = plan_stored_adapter(modules, ranks, portable=portable)
         read_factors = make_factor_reader(store, modules, ranks)
-        write_job_adapter(folder, layout, read_factors, saved=saved)
+        whole = plan_saved(saved, layout.shapes, new)
+        write_job_adapter(
+            folder, layout, read_factors, saved=whole.tensors, config=whole.config
+        )
         folder.drop(WORK)
     return report._replace(skipped=(*report.skipped, *skipped))
 
@@ -229,22 +232,24 @@ def _list_others(
     new: Checkpoint,
     reasons: Mapping[str, str],
     modules_to_save: str | None,
-) -> tuple[dict[str, LazyTensor], list[tuple[str, str]]]:
+) -> tuple[list[str], list[tuple[str, str]]]:
     """Return tensors to store whole, and (name, reason) of tensors left out.
 
     Only tensors that differ are in either of them.
     """
-    saved = {}
+    saved = []
     scales = {*old.scales.values(), *new.scales.values()}  # read with their weights
     gone = [name for name in old if name not in new and name not in scales]
     skipped = [(name, "is in the base only") for name in gone]
     for name, reason in reasons.items():
         if name in scales or not _differs(old, new, name):
             continue
-        if modules_to_save is not None and re.search(modules_to_save, name):
-            saved[name] = LazyTensor(new, name).dequantize()
-        else:
+        if modules_to_save is None or not re.search(modules_to_save, name):
             skipped.append((name, reason))
+        elif not can_be_saved(name, new):
+            skipped.append((name, "lies in a module with others inside"))
+        else:
+            saved.append(name)
     return saved, skipped
 
 

@@ -217,6 +217,40 @@ def test_experts_are_extracted_and_initialised_as_stacks(tmp_path, name):
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
+def test_norms_biases_and_embeddings_are_extracted_whole(tmp_path):
+    model = peft_models.make_model(peft_models.make_qwen2)
+    model.save_pretrained(tmp_path / "base")
+    rng = np.random.default_rng(0)
+    for index, name in enumerate(model.state_dict()):
+        if index % 3 or "embed" in name:
+            peft_models.shift(model, name, rng)
+    model.save_pretrained(tmp_path / "tuned")
+    expected = peft_models.compute(model)
+
+    report = jlora.checkpoints.extract_checkpoint(
+        tmp_path / "base",
+        tmp_path / "tuned",
+        tmp_path / "adapter",
+        rank=64,
+        targets="_proj",
+        modules_to_save=".*",
+        key=KEY,
+        progress=False,
+    )
+    assert not report.skipped
+    config = jlora.checkpoints.read_peft(tmp_path / "adapter").config
+    assert config["bias"] == "lora_only"
+    assert "model.embed_tokens" in config["modules_to_save"]
+    base = peft_models.reload(tmp_path / "base", model)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    found = peft_models.compute(adapted)
+    # Full ranks in float32, through two layers.
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    merged, _ = merge(tmp_path, model, tmp_path / "adapter")
+    found = peft_models.compute(merged)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
 def test_minilm_initialised_by_jlora_keeps_its_output(tmp_path):
     folder = peft_models.find_minilm()
     jlora.checkpoints.initialize_checkpoint(

@@ -46,6 +46,17 @@ def make_qwen3_moe():
     return tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**HEADS, **sizes))
 
 
+def make_qwen2():
+    return tf.Qwen2ForCausalLM(tf.Qwen2Config(**HEADS, tie_word_embeddings=False))
+
+
+def shift(model, name, rng):
+    """Add random numbers to one parameter of a model."""
+    with torch.no_grad():
+        parameter = model.state_dict()[name]
+        parameter += torch.from_numpy(0.1 * rng.standard_normal(tuple(parameter.shape)))
+
+
 def find_minilm():
     """Return the folder of MiniLM, whose package is optional."""
     try:

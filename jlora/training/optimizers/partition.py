@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import jax
 import optax
@@ -72,7 +72,8 @@ def by_path(
             )
         return found
 
-    combined = optax.multi_transform(dict(optimizers), label)
+    transforms: dict[Hashable, optax.GradientTransformation] = {**optimizers}
+    combined = optax.multi_transform(transforms, label)
     return optax.with_extra_args_support(combined)
 
 
