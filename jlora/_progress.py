@@ -101,10 +101,9 @@ class Progress:
         if self._total is not None:
             done = f"{done}/{self._total}"
         done = f"step {done}" if self._unit == "steps" else f"{done} {self._unit}"
-        print(
-            f"{self._description}: {done}, {text}, {rate:.1f} {self._unit}/s",
-            file=self._stream,
-        )
+        parts = [done, text, f"{rate:.1f} {self._unit}/s"]
+        line = ", ".join(part for part in parts if part)
+        print(f"{self._description}: {line}", file=self._stream)
 
     def __enter__(self) -> Progress:
         return self

@@ -79,7 +79,7 @@ def resize_adapter(
         budget: numbers in all the factors; ranks go where they keep most. None: not by
             budget.
         portable: as in `save_peft`.
-        max_memory: bytes of the process, with about 320 MiB for JAX itself. None: no
+        max_memory: bytes of the process, with about 200 MiB for JAX itself. None: no
             limit.
         progress: None: a bar on a terminal, plain lines elsewhere. False: neither.
         dry_run: only check, and return the largest ranks that there may be, with NaN
@@ -132,7 +132,7 @@ def combine_adapters(
         output: folder to write; it must not exist.
         rank: truncate the sum to this rank. None: exact, with the sum of the ranks.
         portable: as in `save_peft`.
-        max_memory: bytes of the process, with about 320 MiB for JAX itself. None: no
+        max_memory: bytes of the process, with about 200 MiB for JAX itself. None: no
             limit.
         progress: None: a bar on a terminal, plain lines elsewhere. False: neither.
         dry_run: only check, and return the largest ranks that there may be, with NaN

@@ -15,6 +15,7 @@ from jlora._progress import Progress
 from jlora._types import Array, Float, PRNGKey
 from jlora.adaptation.chunks import fit_chunk_size
 from jlora.adaptation.paths import fold_path
+from jlora.checkpoints.architectures import Slice
 from jlora.checkpoints.checkpoint import Checkpoint
 from jlora.checkpoints.factor_store import Part, put_parts
 from jlora.checkpoints.memory import check_fits, find_work_bytes
@@ -42,8 +43,9 @@ class Operands(NamedTuple):
 def count_work_bytes(shape: tuple[int, int], rank: int) -> int:
     """Return the bytes that one matrix takes while it is decomposed."""
     m, n = shape
-    # The difference, its scaled copy, blocks of rows, and panels of the factorisation.
-    return 8 * m * n + 32 * _BLOCK + 24 * min(2 * rank, m, n) * (m + n)
+    # The difference, its scaled copy, blocks of rows, and panels of the factorisation:
+    # the last term was measured, 30 bytes for each number of the factors.
+    return 8 * m * n + 12 * _BLOCK + 32 * min(rank, m, n) * (m + n)
 
 
 def fill_store(
@@ -76,6 +78,14 @@ def fill_store(
             parts[ref.name] = part
             bar.count(1, 4 * ref.module.num_elements)
         put_parts(store, number, parts)
+
+
+def read_wide(checkpoint: Checkpoint, name: str) -> Array:
+    """Return a tensor [m, n] of a checkpoint in float32, without a second copy."""
+    m, n = checkpoint.info(name).shape
+    module = StoredModule(name, (Slice(name),), (m, n), None, "io", "float32")
+    buffer = jnp.zeros((1, m, n), jnp.float32)
+    return _subtract(buffer, [MatrixRef(module, 0)], Operands(checkpoint, None))[0]
 
 
 def check_window_memory(

@@ -93,7 +93,7 @@ def extract_checkpoint(
             table of jlora, and "oi", PyTorch's [outputs, inputs], for all others.
         portable: as in `save_peft`.
         key: one typed PRNG key, consumed; folded with each name.
-        max_memory: bytes of the process, with about 320 MiB for JAX itself. None: no
+        max_memory: bytes of the process, with about 200 MiB for JAX itself. None: no
             limit.
         dry_run: only check, and return the largest ranks that there may be, with NaN
             for unknown numbers.

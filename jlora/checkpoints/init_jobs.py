@@ -22,7 +22,7 @@ from jlora.checkpoints.adapter_ranks import (
 )
 from jlora.checkpoints.architectures import Layouts, check_layouts
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from jlora.checkpoints.differences import Operands, check_window_memory, fill_store
+from jlora.checkpoints.differences import Operands, fill_store
 from jlora.checkpoints.factor_store import (
     choose_module_ranks,
     plan_stored_adapter,
@@ -32,6 +32,7 @@ from jlora.checkpoints.float_weights import check_changeable
 from jlora.checkpoints.folders import read_model_config
 from jlora.checkpoints.initial_bases import has_moved, write_bases
 from jlora.checkpoints.initial_factors import (
+    check_memory,
     check_method,
     check_stacks,
     fill_initial_factors,
@@ -98,7 +99,7 @@ def initialize_checkpoint(
             table of jlora, and "oi", PyTorch's [outputs, inputs], for all others.
         portable: as in `save_peft`.
         key: one typed PRNG key, consumed; folded with each name.
-        max_memory: bytes of the process, with about 320 MiB for JAX itself. None: no
+        max_memory: bytes of the process, with about 200 MiB for JAX itself. None: no
             limit.
         progress: None: a bar on a terminal, plain lines elsewhere. False: neither.
         dry_run: only check, and return the largest ranks that there may be, with NaN
@@ -145,7 +146,7 @@ def initialize_checkpoint(
     check_target(pathlib.Path(output).absolute(), inputs)
     modules, skipped = _list_targets(source, check_layouts(layouts), targets)
     check_stacks(initializer, modules)
-    check_window_memory(modules, max_rank, max_memory)
+    check_memory(modules, max_rank, max_memory)
     if dry_run:
         sizes = {
             module.path: (min(module.shape), initializer.max_rank(*module.shape))

@@ -19,7 +19,7 @@ from jlora.adaptation.plan import make_plan
 from jlora.adaptation.rule import Rule
 from jlora.checkpoints.adapter_ranks import AdapterReport, ModuleReport
 from jlora.checkpoints.checkpoint import Checkpoint
-from jlora.checkpoints.memory import find_work_bytes
+from jlora.checkpoints.memory import check_fits, find_work_bytes
 from jlora.checkpoints.modules import MatrixRef, StoredModule, read_matrix
 from jlora.checkpoints.peft_file import make_pair
 from jlora.checkpoints.window_store import WindowStore
@@ -56,6 +56,18 @@ def check_stacks(initializer: Initializer, modules: Iterable[StoredModule]) -> N
                 f"{module.path}: `method` must have the base w - u @ v for stacked "
                 f"experts, got {initializer.label!r}. Leave them out of `targets`."
             )
+
+
+def check_memory(
+    modules: Iterable[StoredModule], rank: int, max_memory: int | None
+) -> None:
+    """Refuse the first module whose matrices do not fit in the memory of a job."""
+    for module in modules:
+        # As stored: the matrix and its base, on the host and on the device. In float32:
+        # the matrix and its scaled copy.
+        itemsize = 4 * np.dtype(module.dtype).itemsize + 8
+        needed = itemsize * module.num_elements + 32 * rank * sum(module.shape)
+        check_fits(max_memory, needed, module.path)
 
 
 def fill_initial_factors(
@@ -136,7 +148,7 @@ def _read(store: WindowStore, ref: MatrixRef, part: str) -> np.ndarray:
 
 def _split(window: Sequence[MatrixRef], limit: int | None) -> Iterator[list[MatrixRef]]:
     """Yield the matrices in groups that fit in memory, each of one kind of dtype."""
-    most = _GROUP_BYTES if limit is None else min(_GROUP_BYTES, limit // 8)
+    most = _GROUP_BYTES if limit is None else min(_GROUP_BYTES, limit // 12)
     group: list[MatrixRef] = []
     room = most
     for ref in window:

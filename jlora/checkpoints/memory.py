@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from jlora import _checks
 
-# Memory of Python, JAX and its compiler beside arrays: 100 MiB after the import, up to
-# 200 MiB while XLA compiles one program.
-_RESERVE = 320 * 2**20
+# Memory of Python, JAX and its compiler beside arrays: 100 MiB after the import, and as
+# much while XLA compiles one program.
+_RESERVE = 200 * 2**20
 
 
 def check_max_memory(max_memory: int | None) -> int | None:

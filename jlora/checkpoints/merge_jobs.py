@@ -81,7 +81,7 @@ def merge_checkpoint(
         key: one typed PRNG key for "stochastic", consumed. None for "nearest".
         layouts: {regular expression on a module or tensor: "io" or "oi"} for square
             matrices of models that jlora does not know. None: the table of jlora.
-        max_memory: bytes of the process, with about 320 MiB for JAX itself. None: no
+        max_memory: bytes of the process, with about 200 MiB for JAX itself. None: no
             limit.
         progress: None: a bar on a terminal, plain lines elsewhere. False: neither.
         dry_run: only check, and return what would be done.

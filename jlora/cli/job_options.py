@@ -19,7 +19,7 @@ def add_job_options(parser: argparse.ArgumentParser, *, has_layouts: bool) -> No
     add(
         "--max-memory",
         metavar="SIZE",
-        help="memory of the process, such as 4GiB; JAX itself takes about 320 MiB",
+        help="memory of the process, such as 4GiB; JAX itself takes about 200 MiB",
     )
     add("--dry-run", action="store_true", help="check, say what would be done, stop")
     if has_layouts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -13,11 +14,12 @@ import numpy as np
 
 from jlora import _checks
 from jlora._numerics import frobenius_norm, to_compute
-from jlora._types import Float
+from jlora._types import AnyArray, Float
 from jlora.adaptation.paths import fold_path
 from jlora.adaptation.plan import PlanEntry
 from jlora.adaptation.rule import Rule
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from jlora.checkpoints.differences import count_work_bytes, read_wide
 from jlora.checkpoints.memory import check_fits, check_max_memory
 from jlora.cli.job_options import parse_size
 from jlora.cli.output import say
@@ -80,7 +82,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add(
         "--max-memory",
         metavar="SIZE",
-        help="memory of the process, such as 4GiB; JAX itself takes about 320 MiB",
+        help="memory of the process, such as 4GiB; JAX itself takes about 200 MiB",
     )
     return parser
 
@@ -121,8 +123,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     spectra = []
     for entry in plan.entries:
-        _check_memory(entry, checkpoint, max_memory)
-        for name, a in _list_matrices(entry.path, checkpoint):
+        _check_memory(arguments, entry, checkpoint, max_memory)
+        for name, a in _list_matrices(arguments, entry.path, checkpoint):
             spectra.append(_measure_spectrum(arguments, name, a))
             is_read = _say_all(_describe(arguments, spectra[-1]))
             if not is_read and not arguments.plot:
@@ -136,13 +138,18 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_memory(
-    entry: PlanEntry, checkpoint: Checkpoint, max_memory: int | None
+    arguments: argparse.Namespace,
+    entry: PlanEntry,
+    checkpoint: Checkpoint,
+    max_memory: int | None,
 ) -> None:
     """Refuse a tensor that does not fit in the memory of the command."""
     info = checkpoint.info(entry.path)
-    *_, m, n = info.shape
-    # The tensor, and a matrix of it in float32 with its scaled copy.
-    check_fits(max_memory, info.num_bytes + 12 * m * n, entry.path)
+    *stack, m, n = info.shape
+    needed = count_work_bytes((m, n), arguments.max_rank)
+    if stack or _is_exact(arguments, (m, n)):  # read whole, and in float64
+        needed += info.num_bytes + 24 * m * n
+    check_fits(max_memory, needed, entry.path)
 
 
 def _say_all(lines: Sequence[str]) -> bool:
@@ -173,12 +180,20 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
             )
 
 
+def _is_exact(arguments: argparse.Namespace, shape: tuple[int, ...]) -> bool:
+    """Return whether all singular values of a matrix are computed."""
+    return arguments.exact or min(shape) <= max(_WHOLE, arguments.max_rank)
+
+
 def _list_matrices(
-    path: str, checkpoint: Checkpoint
-) -> Iterator[tuple[str, Float[np.ndarray, "m n"]]]:
+    arguments: argparse.Namespace, path: str, checkpoint: Checkpoint
+) -> Iterator[tuple[str, Float[AnyArray, "m n"]]]:
     """Yield (name, matrix) of an array: itself, or each matrix of a stack."""
+    shape = checkpoint.info(path).shape
+    if len(shape) == 2 and not _is_exact(arguments, shape):
+        yield path, read_wide(checkpoint, path)
+        return
     array = checkpoint[path]
-    _checks.check_finite(array, path)
     if array.ndim == 2:
         yield path, array
         return
@@ -187,18 +202,21 @@ def _list_matrices(
 
 
 def _measure_spectrum(
-    arguments: argparse.Namespace, name: str, a: Float[np.ndarray, "m n"]
+    arguments: argparse.Namespace, name: str, a: Float[AnyArray, "m n"]
 ) -> MatrixSpectrum:
-    shape = a.shape
-    if arguments.exact or min(shape) <= max(_WHOLE, arguments.max_rank):
-        values = np.linalg.svd(a.astype(np.float64), compute_uv=False)
+    norm = float(frobenius_norm(to_compute(jnp.asarray(a))))
+    if not math.isfinite(norm):
+        _checks.check_finite(np.asarray(a), name)
+    m, n = a.shape
+    shape = (m, n)
+    if _is_exact(arguments, shape):
+        values = np.linalg.svd(np.asarray(a, np.float64), compute_uv=False)
         return MatrixSpectrum(name, shape, values, float(np.linalg.norm(values)))
 
     matrix = to_compute(jnp.asarray(a))
     key = fold_path(jax.random.key(arguments.seed), name)
     svd = randomized_svd(matrix, arguments.max_rank, key=key)
-    values = np.asarray(svd.s, np.float64)
-    return MatrixSpectrum(name, shape, values, float(frobenius_norm(matrix)))
+    return MatrixSpectrum(name, shape, np.asarray(svd.s, np.float64), norm)
 
 
 def _describe(arguments: argparse.Namespace, spectrum: MatrixSpectrum) -> list[str]:
