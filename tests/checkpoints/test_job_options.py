@@ -16,7 +16,7 @@ from jlora.checkpoints import (
     open_checkpoint,
     resize_adapter,
 )
-from tests.checkpoints.test_hostile_folders import MODULES, write_adapter, write_model
+from tests.helpers.model_folders import MODULES, write_adapter, write_model
 
 KEY = jax.random.key(0)
 

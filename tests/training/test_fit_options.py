@@ -10,7 +10,7 @@ import pytest
 
 import jlora
 from jlora.training import Evaluation
-from tests.training.test_loop import make_problem, mean_square
+from tests.helpers.training import make_problem, mean_square
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 KEY = jax.random.key(3)
