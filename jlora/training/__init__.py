@@ -17,7 +17,7 @@ from jlora.training.gradient_steps import (
     transport_moments,
 )
 from jlora.training.loop import fit
-from jlora.training.monitor import Evaluation
+from jlora.training.monitor import StepEvaluation
 from jlora.training.riemannian import (
     IntegratedSVD,
     Tangent,
@@ -29,7 +29,7 @@ from jlora.training.step_programs import TrainState
 from jlora.training.steps import init_train, train_step
 
 __all__ = [
-    "Evaluation",
+    "StepEvaluation",
     "FitResult",
     "IntegratedSVD",
     "Tangent",

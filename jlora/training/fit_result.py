@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jlora._types import Float, Tree
-from jlora.training.monitor import Evaluation
+from jlora.training.monitor import StepEvaluation
 
 
 class FitResult(NamedTuple):
@@ -25,7 +25,7 @@ class FitResult(NamedTuple):
     opt_state: Any  # optax state after the last update
     stop_reason: str | None  # None: all batches done; else why it ended early
     metrics: Any = None  # of the loss with has_aux: arrays with an axis of steps first
-    evaluations: tuple[Evaluation, ...] = ()
+    evaluations: tuple[StepEvaluation, ...] = ()
     best: Tree | None = None  # with the factors of the lowest evaluation
 
     def __repr__(self) -> str:

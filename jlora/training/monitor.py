@@ -20,12 +20,12 @@ Evaluate: TypeAlias = Callable[[Tree], Any]
 Callback: TypeAlias = Callable[[int, dict[str, float]], Any]
 
 
-class Evaluation(NamedTuple):
+class StepEvaluation(NamedTuple):
     """The result of `evaluate` at one step.
 
     Example:
         >>> import jlora
-        >>> jlora.training.Evaluation(100, {"loss": 0.5}).step
+        >>> jlora.training.StepEvaluation(100, {"loss": 0.5}).step
         100
     """
 
@@ -48,7 +48,7 @@ class Monitor:
         self._evaluate = evaluate
         self.every = None if evaluate is None else every
         self._patience = patience
-        self.evaluations: list[Evaluation] = []
+        self.evaluations: list[StepEvaluation] = []
         self.best: Tree | None = None  # trained arrays, at `best_step`
 
     @property
@@ -72,12 +72,12 @@ class Monitor:
             f"{num_worse} more"
         )
 
-    def see(self, step: int, trainable: Tree, adapted: Tree) -> Evaluation | None:
+    def see(self, step: int, trainable: Tree, adapted: Tree) -> StepEvaluation | None:
         """Evaluate, and return the result; None if this step has been seen."""
         has_seen = self.evaluations and self.evaluations[-1].step >= step
         if self._evaluate is None or has_seen:
             return None
-        found = Evaluation(step, _read_values(self._evaluate(adapted)))
+        found = StepEvaluation(step, _read_values(self._evaluate(adapted)))
         self.evaluations.append(found)
         if self.best_step == step:
             # The arrays are donated to the next step.
@@ -108,7 +108,7 @@ class MetricsFile:
             file.write(json.dumps({"step": step, **plain}) + "\n")
 
 
-def _get_score(evaluation: Evaluation) -> float:
+def _get_score(evaluation: StepEvaluation) -> float:
     """Return the value that decides; NaN counts as the worst."""
     score = next(iter(evaluation.values.values()))
     return math.inf if math.isnan(score) else score

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._types import Array, PRNGKey, Tree
-from jlora.training.monitor import Evaluation
+from jlora.training.monitor import StepEvaluation
 from jlora.training.step_programs import TrainState
 
 
@@ -26,7 +26,7 @@ class Resumed(NamedTuple):
     state: TrainState
     best: Tree | None  # trained arrays at the best evaluation
     records: dict[str, np.ndarray]  # losses and metrics of every step
-    evaluations: list[Evaluation]
+    evaluations: list[StepEvaluation]
     num_batches: int  # that it had read
     iterator_state: Any
 
@@ -103,7 +103,7 @@ class RunCheckpoints:
             _unflatten(state, arrays),
             best,
             records,
-            [Evaluation(step, values) for step, values in meta["evaluations"]],
+            [StepEvaluation(step, values) for step, values in meta["evaluations"]],
             meta["num_batches"],
             _decode(meta["iterator_state"]),
         )

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import jlora
-from jlora.training import Evaluation
+from jlora.training import StepEvaluation
 from tests.helpers.training import make_problem, mean_square
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -141,7 +141,7 @@ def test_evaluations_keep_the_best_factors():
 
     result = run(evaluate=evaluate, evaluate_every=3)
     assert result.evaluations == tuple(
-        Evaluation(step, {"score": score, "other": 7.0})
+        StepEvaluation(step, {"score": score, "other": 7.0})
         for step, score in ((3, 3.0), (6, 1.0), (9, 2.0), (12, 5.0))
     )
     for best, tree in zip(*map(jax.tree.leaves, (result.best, trees[1])), strict=True):
