@@ -2,12 +2,14 @@
 
 loop.py             fit, init_train, train_step
 evaluation.py       evaluate_loss, measure_cost
+cross_validation.py cross_validate: ranks and rates by held-out error
 optimizers/         optax transformations for factors (also `jlora.optimizers`)
 gradient_steps.py   the pure functions behind them: precondition_gradient, ...
 riemannian.py       tangent projection, retraction, integration at fixed rank
 """
 
 from jlora.training import optimizers  # noqa: F401
+from jlora.training.cross_validation import cross_validate
 from jlora.training.evaluation import TrainingCost, evaluate_loss, measure_cost
 from jlora.training.gradient_steps import (
     precondition_gradient,
@@ -15,6 +17,7 @@ from jlora.training.gradient_steps import (
     transport_moments,
 )
 from jlora.training.loop import FitResult, fit
+from jlora.training.rank_trials import RankTrials
 from jlora.training.riemannian import (
     IntegratedSVD,
     Tangent,
@@ -27,9 +30,11 @@ from jlora.training.steps import TrainState, init_train, train_step
 __all__ = [
     "FitResult",
     "IntegratedSVD",
+    "RankTrials",
     "Tangent",
     "TrainState",
     "TrainingCost",
+    "cross_validate",
     "evaluate_loss",
     "fit",
     "init_train",
