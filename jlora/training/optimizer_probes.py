@@ -92,7 +92,8 @@ def _update(
     opt_state: Any = None,
 ) -> tuple[Tree, Any]:
     # A quadratic loss stands for the real one, which may be costly to compile.
-    def evaluate(trainable: Tree, **_: Any) -> Array:
+    def evaluate(trainable: Tree, frozen: Any = None) -> Array:
+        del frozen  # a line search passes it on
         leaves = jax.tree.leaves(trainable)
         return sum((jnp.sum(leaf**2).astype(float) for leaf in leaves), jnp.zeros(()))
 
