@@ -23,6 +23,7 @@ from jlora.training.candidates import (
 )
 from jlora.training.folds import Indices
 from jlora.training.rank_trees import FrozenLayout, RankTrees, StackedTrees
+from jlora.training.step_cost import read_memory
 from jlora.training.steps import Loss
 
 
@@ -62,7 +63,7 @@ class RankGroup(NamedTuple):
 class _Programs(NamedTuple):
     init: Any  # compiled, Inputs -> CandidateState
     step: Any  # compiled, (CandidateState, Inputs, index) -> CandidateState
-    measure: Any  # jitted, (trainable, Inputs, index) -> errors
+    measure: Any  # jitted, (trainable, Inputs, folds, index) -> errors
     num_bytes: int  # of a step: arguments, results and temporary arrays
 
 
@@ -175,24 +176,15 @@ def _compile(
     state = jax.eval_shape(init, inputs)
     index = jax.ShapeDtypeStruct((grid[2], trials.batches.shape[2]), jnp.int32)
     compiled = step.lower(state, inputs, index).compile()
-    return _Programs(init, compiled, measure, count_bytes(compiled))
-
-
-def count_bytes(compiled: Any) -> int:
-    """Return the memory of a compiled program: arguments, results, temporary arrays."""
-    found = compiled.memory_analysis()
-    if found is None:  # a backend that does not say
-        return 0
-    total = found.argument_size_in_bytes + found.output_size_in_bytes
-    return total + found.temp_size_in_bytes - found.alias_size_in_bytes
+    peak_bytes, _ = read_memory(compiled)
+    return _Programs(init, compiled, measure, peak_bytes or 0)
 
 
 def _run_chunk(
     trials: Trials, programs: _Programs, inputs: Inputs, folds: list[int]
 ) -> Float[np.ndarray, "ranks rates folds"]:
     state: CandidateState = programs.init(inputs)
-    batches = jnp.asarray(trials.batches[folds].swapaxes(0, 1))
-    for index in batches:
+    for index in trials.batches[folds].swapaxes(0, 1):
         state = programs.step(state, inputs, index)
         trials.progress.count()
 
@@ -201,16 +193,11 @@ def _run_chunk(
     # Folds of equal size share a program.
     sizes = np.asarray([len(trials.held_out[fold]) for fold in folds])
     for size in np.unique(sizes):
-        own = np.flatnonzero(sizes == size)
-        trainable = _take_folds(state.trainable, own)
+        own = np.flatnonzero(sizes == size).astype(np.int32)
         held_out = [trials.held_out[folds[i]] for i in own]
-        index = jnp.asarray(np.stack(held_out), jnp.int32)
-        errors[:, :, own] = programs.measure(trainable, inputs, index)
+        index = np.stack(held_out).astype(np.int32)
+        errors[:, :, own] = programs.measure(state.trainable, inputs, own, index)
     return np.where(is_finite & np.isfinite(errors), errors, np.inf)
-
-
-def _take_folds(tree: Tree, folds: Indices) -> Tree:
-    return jax.tree.map(lambda leaf: leaf[:, :, folds], tree)
 
 
 def _list_chunks(count: int, size: int) -> Iterator[list[int]]:

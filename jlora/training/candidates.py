@@ -88,10 +88,12 @@ def measure_candidates(
     layout: FrozenLayout,
     trainable: Tree,
     inputs: Inputs,
+    folds: Int[Array, " folds"],
     index: Int[Array, "folds count"],
     batch_size: int,
 ) -> Float[Array, "ranks rates folds"]:
-    """Return the mean of the metric over batches of the held-out examples."""
+    """Return the means of the metric over the held-out examples of some folds."""
+    trainable = jax.tree.map(lambda leaf: leaf[:, :, folds], trainable)
 
     def measure(
         trainable: Tree, moved: list[Array], index: Int[Array, " count"]

@@ -17,7 +17,7 @@ def assign_folds(num_examples: int, folds: int, key: PRNGKey) -> list[Indices]:
 
     The sizes differ by at most one, and the larger folds are the first ones.
     """
-    order = _make_generator(key, 0).permutation(num_examples)
+    order = make_generator(key, 0).permutation(num_examples)
     return [np.sort(part) for part in np.array_split(order, folds)]
 
 
@@ -32,7 +32,7 @@ def draw_batches(
     batches = []
     for fold, own in enumerate(held_out):
         training = np.setdiff1d(everyone, own)
-        generator = _make_generator(key, fold)
+        generator = make_generator(key, fold)
         batches.append(_draw_epochs(training, batch_size, num_steps, generator))
     return np.stack(batches).astype(np.int32)
 
@@ -52,7 +52,8 @@ def _draw_epochs(
     return np.concatenate(epochs)[:num_steps]
 
 
-def _make_generator(key: PRNGKey, index: int) -> np.random.Generator:
+def make_generator(key: PRNGKey, index: int) -> np.random.Generator:
+    """Return a generator of NumPy for a key and an index."""
     # One eager permutation of JAX for each epoch of each fold would take longer than
     # many a training step.
     words = np.asarray(jax.random.key_data(key)).tolist()

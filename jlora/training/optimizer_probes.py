@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import optax
 
 from jlora._types import Array, Int, PRNGKey, Tree
 from jlora.training.candidates import MakeOptimizer, apply_optimizer
+from jlora.training.folds import make_generator
 from jlora.training.padding import mask_padding, pad_weights
 from jlora.training.rank_trees import RankTrees
 
@@ -50,30 +52,32 @@ def can_pad(
     looks at the shape, at means over entries or at drawn noise does not. We compare a
     few updates, with random gradients of several sizes.
     """
-    trainable, frozen = trees.split(index, rank)
-    padded_trainable, padded_frozen = trees.split(index, padded_rank)
-    gradients = [
-        _draw_like(trainable, jax.random.fold_in(key, i), scale)
-        for i, scale in enumerate(_GRADIENT_SCALES)
-    ]
-    padded_gradients = [pad_weights(gradient, padded_rank) for gradient in gradients]
+    plain = trees.split(index, rank)
+    padded = trees.split(index, padded_rank)
 
-    count = jnp.asarray(rank, jnp.int32)
-    run = jax.jit(lambda *arrays: _run_updates(optimizer, *arrays))
-    plain = run(trainable, frozen, gradients, count)
-    padded = run(padded_trainable, padded_frozen, padded_gradients, count)
-    plain = [pad_weights(updates, padded_rank) for updates in plain]
-    pairs = zip(jax.tree.leaves(plain), jax.tree.leaves(padded), strict=True)
+    # One program for both: compiling takes most of the time of this test run.
+    @jax.jit
+    def compare(
+        plain: Any, padded: Any, gradients: list[Tree]
+    ) -> tuple[list[Tree], list[Tree]]:
+        count = jnp.asarray(rank, jnp.int32)
+        expected = _run_updates(optimizer, plain, gradients, count)
+        gradients = pad_weights(gradients, padded_rank)
+        found = _run_updates(optimizer, padded, gradients, count)
+        return pad_weights(expected, padded_rank), found
+
+    trees_of_updates = compare(plain, padded, _draw_gradients(plain[0], key))
+    pairs = zip(*map(jax.tree.leaves, trees_of_updates), strict=True)
     return all(_is_close(one, other) for one, other in pairs)
 
 
 def _run_updates(
     optimizer: optax.GradientTransformation,
-    trainable: Tree,
-    frozen: Tree,
+    halves: tuple[Tree, Tree],
     gradients: list[Tree],
     rank: Int[Array, ""],
 ) -> list[Tree]:
+    trainable, frozen = halves
     opt_state = optimizer.init(trainable)
     found = []
     for gradient in gradients:
@@ -108,14 +112,17 @@ def _update(
     return apply_optimizer(optimizer, gradient, opt_state, trainable, extra)
 
 
-def _draw_like(tree: Tree, key: PRNGKey, scale: float) -> Tree:
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(key, len(leaves))
-    drawn = [
-        scale * jax.random.normal(own, leaf.shape, leaf.dtype)
-        for own, leaf in zip(keys, leaves, strict=True)
+def _draw_gradients(tree: Tree, key: PRNGKey) -> list[Tree]:
+    """Return random trees of these shapes, one for each size of gradient."""
+    generator = make_generator(key, 0)
+
+    def draw(leaf: Array, scale: float) -> np.ndarray:
+        return np.asarray(scale * generator.standard_normal(leaf.shape), leaf.dtype)
+
+    return [
+        jax.tree.map(functools.partial(draw, scale=scale), tree)
+        for scale in _GRADIENT_SCALES
     ]
-    return jax.tree.unflatten(structure, drawn)
 
 
 def _is_close(one: Any, other: Any) -> bool:
