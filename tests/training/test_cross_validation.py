@@ -14,6 +14,7 @@ from jlora.training.cross_validation import cross_validate
 from jlora.training.folds import assign_folds, draw_batches
 from jlora.training.padding import mask_padding, pad_weights
 from jlora.training.rank_trials import RankTrials
+from tests.helpers.matrices import needs_x64
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 KEY = jax.random.key(7)
@@ -28,7 +29,8 @@ def make_problem(dtype=jnp.float32):
         "bias": jnp.zeros(5, jnp.float32),
     }
     x = jax.random.normal(keys[2], (20, 8), jnp.float32)
-    y = jnp.tanh(x @ jnp.ones((8, 5)) + jax.random.normal(keys[3], (20, 5)))
+    noise = jax.random.normal(keys[3], (20, 5), jnp.float32)
+    y = jnp.tanh(x @ jnp.ones((8, 5), jnp.float32) + noise)
     return params, (x, y)
 
 
@@ -36,7 +38,7 @@ def mean_square(params, batch):
     x, y = batch
     hidden = jnp.tanh(jlora.linear(x, params["w"]))
     found = jlora.linear(hidden, params["out"]) + params["bias"][None]
-    return jnp.mean((found - y) ** 2).astype(jnp.float32)
+    return jnp.mean((found - y) ** 2)
 
 
 def run_grid(rule, optimizer, params, examples, **options):
@@ -87,6 +89,8 @@ def run_one_by_one(rule, optimizer, params, examples, also_train=None, data=None
 
 def check_same(rule, optimizer, dtype=jnp.float32, rtol=2e-5, **options):
     params, examples = make_problem(dtype)
+    if dtype == jnp.float64:
+        params, examples = jax.tree.map(lambda a: a.astype(dtype), (params, examples))
     found = run_grid(rule, optimizer, params, examples, **options).errors
     options.pop("max_bytes", None)
     expected = run_one_by_one(rule, optimizer, params, examples, **options)
@@ -101,7 +105,6 @@ OPTIMIZERS = {
     "clip": lambda rate: optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(rate)),
     "injected": lambda rate: optax.inject_hyperparams(optax.adam)(rate),
     "lamb": optax.lamb,
-    "lbfgs": optax.lbfgs,
     "cosine": lambda rate: optax.adam(optax.cosine_decay_schedule(rate, NUM_STEPS)),
     "lora+": lambda rate: optax.chain(
         optax.adam(rate), jlora.optimizers.lora_plus(4.0)
@@ -129,10 +132,46 @@ def test_a_candidate_of_the_grid_is_the_one_trained_by_itself(name):
     check_same(jlora.Rule("w|out", 1, trainable="uv", init="lora"), OPTIMIZERS[name])
 
 
+@needs_x64
+def test_a_line_search():
+    # In float32, rounding decides which point a line search accepts.
+    rule = jlora.Rule("w|out", 1, trainable="uv", init="lora")
+    check_same(rule, optax.lbfgs, jnp.float64, rtol=1e-10)
+
+
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", GROUPED)
 def test_an_optimizer_that_sees_the_padding_is_not_padded(name):
     check_same(jlora.Rule("w|out", 1, trainable="uv"), GROUPED[name], rtol=2e-4)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("name", "num_rank_groups", "num_rate_groups"),
+    [
+        ("adam", 1, 1),
+        ("clip", 1, 1),
+        ("muon", 3, 1),
+        ("noise", 3, 1),
+        ("warm-up", 1, 2),
+    ],
+)
+def test_programs_are_shared_where_possible(
+    name, num_rank_groups, num_rate_groups, monkeypatch
+):
+    from jlora.training import cross_validation
+
+    calls = []
+
+    def record(trials, trees, rank_group, rate_groups, errors):
+        calls.append(len(rate_groups))
+        errors[:] = 1.0
+
+    monkeypatch.setattr(cross_validation, "run_rank_group", record)
+    params, examples = make_problem()
+    optimizer = {**OPTIMIZERS, **GROUPED}[name]
+    run_grid(jlora.Rule("w|out", 1), optimizer, params, examples)
+    assert calls == [num_rate_groups] * num_rank_groups
 
 
 @pytest.mark.parametrize(
