@@ -117,6 +117,11 @@ def cross_validate(
         Others ("pissa") are stored once for each rank of a chunk, and twice while they
         are stacked.
 
+    Accuracy: errors agree with candidates trained by `fit` to 2e-5 in float32 after a
+        few steps. An optimiser that branches on values, such as the line search of
+        `optax.lbfgs`, may accept another point because of rounding: then single
+        candidates differ (by up to 21 % in a test) in float32, and agree in float64.
+
     Gradients: not differentiable.
 
     Source: Breiman, Friedman, Olshen, Stone, "Classification and regression trees",
