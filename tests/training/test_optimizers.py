@@ -72,6 +72,10 @@ OPTIMIZERS = {
         ),
     ),
     "riemannian_sgd": ("uv", lambda: jlora.optimizers.riemannian_sgd(0.1)),
+    "riemannian_muon": (
+        "uv",
+        lambda: jlora.optimizers.riemannian_muon(optax.linear_schedule(0.1, 0, 150)),
+    ),
     "a user's own": ("v", lambda: scaled_gradient_descent(0.1)),
     "optax lbfgs": ("uv", lambda: optax.lbfgs(memory_size=5)),
     "optax polyak_sgd": ("v", lambda: optax.polyak_sgd(max_learning_rate=0.1)),
@@ -246,6 +250,35 @@ def test_one_riemannian_step_is_the_retraction_of_the_dense_gradient():
     )
     # The step is of size 0.1; damping by 1e-6 and float32 leave about 1e-5 of it.
     np.testing.assert_allclose(found.u @ found.v, expected, atol=2e-5)
+
+
+def test_one_riemannian_muon_step_has_equal_singular_values():
+    adapted, batch = make_problem("uv")
+    own, frozen = jlora.split_trainable(adapted)
+    optimizer = jlora.optimizers.riemannian_muon(0.1)
+    gradient = take_gradient(own, frozen, batch)
+    updates, _ = optimizer.update(gradient, optimizer.init(own), own)
+    found = jlora.join(optax.apply_updates(own, updates), frozen)["w"]
+
+    # The same with dense matrices in float64. In du = G vᵀ and dv = uᵀ G lies all of G
+    # that the tangent needs: its products with both factors.
+    w = adapted["w"]
+    own_u, own_v, du, dv = (
+        np.float64(each) for each in (w.u, w.v, gradient["w"].u, gradient["w"].v)
+    )
+    left, right = own_u @ np.linalg.pinv(own_u), np.linalg.pinv(own_v) @ own_v
+    tangent = np.linalg.pinv(own_u).T @ dv + (np.eye(M) - left) @ (
+        du @ np.linalg.pinv(own_v).T
+    )
+    assert right.shape == (N, N)
+    u, s, vt = np.linalg.svd(tangent)
+    assert (s[2 * RANK :] < 1e-6 * s[0]).all()
+    polar = u[:, : 2 * RANK] @ vt[: 2 * RANK]
+    u, s, vt = np.linalg.svd(own_u @ own_v - 0.1 * polar)
+    expected = (u[:, :RANK] * s[:RANK]) @ vt[:RANK]
+    # Singular values of 1 come from directions whose own are small: damping by 1e-6
+    # and float32 turn these a little.
+    np.testing.assert_allclose(found.u @ found.v, expected, atol=2e-4)
 
 
 def test_low_rank_adam_is_adam_when_nothing_is_projected():

@@ -9,7 +9,7 @@ All are `optax.GradientTransformationExtraArgs` and work in `optax.chain`, in
     learning_rates.py  lora_plus: a larger learning rate for v
     low_rank_adam.py   scale_by_low_rank_adam: Adam on projected gradients
     partition.py       by_path: another optimiser for some of the arrays
-    riemannian.py      riemannian_sgd: steps along the matrices of fixed rank
+    riemannian.py      riemannian_sgd, riemannian_muon: steps along a fixed rank
     weights.py         map_weights: to write your own
 """
 
@@ -19,7 +19,7 @@ from jlora.training.optimizers.learning_rates import lora_plus
 from jlora.training.optimizers.low_rank_adam import scale_by_low_rank_adam
 from jlora.training.optimizers.partition import by_path
 from jlora.training.optimizers.protection import project_out
-from jlora.training.optimizers.riemannian import riemannian_sgd
+from jlora.training.optimizers.riemannian import riemannian_muon, riemannian_sgd
 from jlora.training.optimizers.weights import map_weights
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "lora_plus",
     "map_weights",
     "project_out",
+    "riemannian_muon",
     "riemannian_sgd",
     "scale_by_factor_gram",
     "scale_by_low_rank_adam",
