@@ -9,7 +9,7 @@ import numpy as np
 import jlora
 from benchmarks.suites.adaptation.llama_weights import list_layer_shapes
 
-_HEAD_SIZE = 128
+HEAD_SIZE = 128
 
 
 class Network(NamedTuple):
@@ -102,7 +102,7 @@ def _normalize(x):
 
 def _attend(q, k, v):
     """Return causal self-attention [t, d] of q, k, v [t, d] in heads."""
-    size = min(_HEAD_SIZE, q.shape[-1])
+    size = min(HEAD_SIZE, q.shape[-1])
     q, k, v = (each.reshape(1, len(each), -1, size) for each in (q, k, v))
     mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
     return mixed.reshape(q.shape[1], -1)
