@@ -14,14 +14,19 @@ from benchmarks.run.harness import measure_group
 from benchmarks.run.limits import Limits
 from benchmarks.run.records import check_record
 from benchmarks.suites import training
-from benchmarks.suites.adaptation.llama_network import plain_loss, run_network
+from benchmarks.suites.adaptation.llama_network import run_network
 from benchmarks.suites.training import (
     fit_loops,
     step_methods,
     step_programs,
     torch_steps,
 )
-from benchmarks.suites.training.transformers import Sizes, make_transformer
+from benchmarks.suites.training.transformers import (
+    Sizes,
+    attend,
+    make_transformer,
+    plain_loss,
+)
 
 # optax and jax.nn.dot_product_attention promote dtypes.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -151,6 +156,14 @@ def test_torch_runs_the_same_network():
         torch.tensor(x), 2, lambda path, x: x @ weights[path]
     )
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_is_the_one_of_jax():
+    q, k, v = np.random.default_rng(0).standard_normal((3, 6, 256), np.float32)
+    expected = jax.nn.dot_product_attention(
+        *(each.reshape(1, 6, 2, 128) for each in (q, k, v)), is_causal=True
+    )
+    np.testing.assert_allclose(attend(q, k, v), expected.reshape(6, 256), atol=1e-5)
 
 
 @pytest.mark.parametrize(

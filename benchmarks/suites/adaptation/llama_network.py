@@ -75,12 +75,14 @@ def count_layers(paths):
     return 1 + max(int(path.split("/")[1]) for path in paths)
 
 
-def run_network(x, layers, multiply):
+def run_network(x, layers, multiply, attend=None):
     """Return the hidden states [t, d] after some layers.
 
     Args:
         multiply: (path, x) → the product of x with the weight of a path.
+        attend: (q, k, v) → causal self-attention, all [t, d]. None: by `jax.nn`.
     """
+    attend = attend or _attend
     for layer in range(layers):
 
         def product(kind, x, prefix=f"layers/{layer}/"):
@@ -88,7 +90,7 @@ def run_network(x, layers, multiply):
 
         normed = _normalize(x)
         q, k, v = (product(kind, normed) for kind in "qkv")
-        x = x + product("o", _attend(q, k, v))
+        x = x + product("o", attend(q, k, v))
 
         normed = _normalize(x)
         gated = jax.nn.silu(product("gate", normed)) * product("up", normed)

@@ -10,7 +10,6 @@ import optax
 
 import jlora
 from benchmarks.run.contenders import Contender, Group, Prepared
-from benchmarks.suites.adaptation.llama_network import plain_loss
 from benchmarks.suites.training.transformers import (
     SUITE,
     Transformer,
@@ -18,6 +17,7 @@ from benchmarks.suites.training.transformers import (
     compare_loss,
     make_case,
     make_transformer,
+    plain_loss,
 )
 
 FIT = "jlora fit"

@@ -8,7 +8,6 @@ import optax
 
 import jlora
 from benchmarks.run.contenders import Contender, Group
-from benchmarks.suites.adaptation.llama_network import plain_loss
 from benchmarks.suites.training.step_programs import measure_figures, prepare_step
 from benchmarks.suites.training.torch_steps import prepare_peft_step
 from benchmarks.suites.training.transformers import (
@@ -16,6 +15,7 @@ from benchmarks.suites.training.transformers import (
     adapt_transformer,
     make_case,
     make_transformer,
+    plain_loss,
 )
 from jlora.training.step_programs import StepOptions, compile_step
 
