@@ -26,6 +26,6 @@ def list_groups(level_name, platform):
         ]
     return [
         make_step_group(Sizes(hidden=512, layers=4, tokens=512, rank=16)),
-        make_fit_group(_FEW_MS, num_steps=300),
-        make_dispatch_group(_TINY, num_steps=2000),
+        make_fit_group(_FEW_MS, num_steps=100),
+        make_dispatch_group(_TINY, num_steps=1000),
     ]

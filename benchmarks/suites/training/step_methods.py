@@ -30,7 +30,7 @@ _RULES = {
     U_AND_V: {"trainable": "uv"},
     COLUMNS: {"trainable": "v", "num_columns": 8},
 }
-_LEAST_RUNS = 5  # the ratios need common rounds
+_LEAST_RUNS = 7  # the ratios need common rounds
 
 
 class _PlainState(NamedTuple):
