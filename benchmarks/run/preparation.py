@@ -38,12 +38,15 @@ def prepare_jax(
             arguments[index] = result
         return result
 
-    peak_bytes, temporary_bytes = _measure_memory(compiled)
+    peak_bytes, temporary_bytes = measure_memory(compiled)
     return Prepared(run, fetch_jax, lower_ms, compile_ms, peak_bytes, temporary_bytes)
 
 
-def _measure_memory(compiled):
-    """Return (peak, temporary) bytes of a compiled program, None if unknown."""
+def measure_memory(compiled: Any) -> tuple[int | None, int | None]:
+    """Return (peak, temporary) bytes of a compiled program, None if unknown.
+
+    The peak counts arguments, results and temporaries, and donated memory once.
+    """
     memory = compiled.memory_analysis()
     temporary = getattr(memory, "temp_size_in_bytes", None)
     if temporary is None:

@@ -5,6 +5,7 @@ updates          factors → factors: recompression, low-rank terms, rank budget
 reconstruction   factors → matrix, and factors → activations
 adaptation       whole models: first factors and steps of training
 checkpoints      jobs from files to files: extraction, merges, peak memory
+training         a step of training, and the loop around it
 package          import time and the demonstration
 
 Each package has `list_groups(level_name, platform)`. Records of different commits are
@@ -19,6 +20,7 @@ SUITES = (
     "reconstruction",
     "adaptation",
     "checkpoints",
+    "training",
     "package",
 )
 

@@ -9,6 +9,7 @@ updates          recompression, combination, low-rank terms, rank budgets
 reconstruction   merges, adapted layers, roundings
 adaptation       whole models and training steps
 checkpoints      jobs from files to files: time, error, peak memory
+training         a step of training: time, flops, memory; the overhead of the loop
 """
 
 from benchmarks.report.targets.evaluation import evaluate_targets, list_targets

@@ -7,6 +7,7 @@ from benchmarks.report.targets import (
     factorization,
     package,
     reconstruction,
+    training,
     updates,
 )
 from benchmarks.report.targets.target import Worst
@@ -31,6 +32,7 @@ def list_targets():
         reconstruction,
         adaptation,
         checkpoints,
+        training,
     )
     return [target for suite in suites for target in suite.TARGETS]
 

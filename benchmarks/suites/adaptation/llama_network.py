@@ -9,7 +9,7 @@ import numpy as np
 import jlora
 from benchmarks.suites.adaptation.llama_weights import list_layer_shapes
 
-_HEAD_SIZE = 128
+HEAD_SIZE = 128
 
 
 class Network(NamedTuple):
@@ -75,12 +75,14 @@ def count_layers(paths):
     return 1 + max(int(path.split("/")[1]) for path in paths)
 
 
-def run_network(x, layers, multiply):
+def run_network(x, layers, multiply, attend=None):
     """Return the hidden states [t, d] after some layers.
 
     Args:
         multiply: (path, x) → the product of x with the weight of a path.
+        attend: (q, k, v) → causal self-attention, all [t, d]. None: by `jax.nn`.
     """
+    attend = attend or _attend
     for layer in range(layers):
 
         def product(kind, x, prefix=f"layers/{layer}/"):
@@ -88,7 +90,7 @@ def run_network(x, layers, multiply):
 
         normed = _normalize(x)
         q, k, v = (product(kind, normed) for kind in "qkv")
-        x = x + product("o", _attend(q, k, v))
+        x = x + product("o", attend(q, k, v))
 
         normed = _normalize(x)
         gated = jax.nn.silu(product("gate", normed)) * product("up", normed)
@@ -102,7 +104,7 @@ def _normalize(x):
 
 def _attend(q, k, v):
     """Return causal self-attention [t, d] of q, k, v [t, d] in heads."""
-    size = min(_HEAD_SIZE, q.shape[-1])
+    size = min(HEAD_SIZE, q.shape[-1])
     q, k, v = (each.reshape(1, len(each), -1, size) for each in (q, k, v))
     mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
     return mixed.reshape(q.shape[1], -1)

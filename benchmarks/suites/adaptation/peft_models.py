@@ -19,7 +19,7 @@ def prepare_peft(init, rank, model):
     # At first use peft and torch import and set up more: do it before the timed runs.
     one_weight = dict([*weights.items()][:1])
     peft.get_peft_model(
-        _build_modules(one_weight), configure(init_lora_weights="pissa_niter_1")
+        build_modules(one_weight), configure(init_lora_weights="pissa_niter_1")
     )
     config = configure(init_lora_weights=init)
 
@@ -28,7 +28,7 @@ def prepare_peft(init, rank, model):
         for _ in range(model.num_repeats):
             del adapted  # before the next one needs memory
             # New modules each time: peft changes the layer, not the weight's memory.
-            adapted = peft.get_peft_model(_build_modules(weights), config)
+            adapted = peft.get_peft_model(build_modules(weights), config)
         return wait_for_torch(adapted)
 
     def fetch(adapted):
@@ -42,7 +42,7 @@ def prepare_peft(init, rank, model):
     return Prepared(run, fetch, pool="torch")
 
 
-def _build_modules(weights):
+def build_modules(weights):
     """Return nested modules, one Linear for each weight, in the weights' memory."""
     import torch
 
