@@ -35,10 +35,12 @@ class BatchFeed:
         self._iterator = iter(batches)
         self._group_size = group_size
         self._num_left = num_batches
-        self._waiting: Any = None  # a batch of another shape than the group before it
+        # A batch of another shape than the group before it, with its signature.
+        self._waiting: tuple[Any, Any] | None = None
         self._error: BaseException | None = None  # that the next call raises
         self._shapes = ShapeCounter()
         self._paths: list[str] | None = None  # of the leaves of the first batch
+        self._checked: Any = None  # signature of the last batch
         self.num_read = 0
 
     def skip(self, num_batches: int, iterator_state: Any) -> None:
@@ -72,30 +74,34 @@ class BatchFeed:
         """
         size = self._group_size if limit is None else min(self._group_size, limit)
         group: list[Any] = []
+        first: Any = None
         while len(group) < size:
             try:
-                batch = self._next_batch()
+                found = self._next_batch()
             except BaseException as error:
                 if not group:
                     raise
                 self._error = error  # after the batches before it were trained on
                 break
-            if batch is None:
+            if found is None:
                 break
-            if group and _list_shapes(batch) != _list_shapes(group[0]):
-                self._waiting = batch
+            batch, signature = found
+            if group and signature != first:
+                self._waiting = found
                 break
+            first = signature
             group.append(batch)
         self.num_read += len(group)
         return group
 
-    def _next_batch(self) -> Any:
+    def _next_batch(self) -> tuple[Any, Any] | None:
+        """Return (batch on the device, its signature), or None at the end."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
         if self._waiting is not None:
-            batch, self._waiting = self._waiting, None
-            return batch
+            found, self._waiting = self._waiting, None
+            return found
         if self._num_left == 0:
             return None
         try:
@@ -104,9 +110,13 @@ class BatchFeed:
             return None
         if self._num_left is not None:
             self._num_left -= 1
-        self._check_structure(batch)
-        self._shapes.count(batch)
-        return jax.tree.map(_send, batch)
+        leaves, structure = jax.tree.flatten(batch)
+        signature = (structure, *map(_describe_leaf, leaves))
+        if signature != self._checked:
+            self._check_structure(batch)
+            self._shapes.count(batch)
+            self._checked = signature
+        return jax.tree.unflatten(structure, map(_send, leaves)), signature
 
     def _check_structure(self, batch: Any) -> None:
         """Refuse a batch whose leaves have other paths than those of the first."""
@@ -158,9 +168,9 @@ def _send(leaf: Any) -> Any:
     return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
-def _list_shapes(batch: Tree) -> tuple:
-    leaves, structure = jax.tree.flatten(batch)
-    return structure, [(np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+def _describe_leaf(leaf: Any) -> tuple:
+    kind = getattr(leaf, "dtype", type(leaf))
+    return np.shape(leaf), kind, getattr(leaf, "weak_type", False)
 
 
 class ShapeCounter:

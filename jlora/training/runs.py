@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jlora._progress import Progress, report
@@ -48,6 +47,7 @@ class Run:
     def __post_init__(self) -> None:
         self._records: list[Record] = []
         self._pending: list[tuple[int, Any]] = []  # (steps, arrays on the device)
+        self._num_pending = 0
         self._num_taken = 0
         self._saved_at = 0
         self._num_examples = 0
@@ -138,15 +138,12 @@ class Run:
         if len(group) == 1:
             self.state, found = run_one(self.state, self.computed, group[0], self.key)
         else:
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *group)
-            self.state, found = run_many(self.state, self.computed, stacked, self.key)
+            batches = tuple(group)
+            self.state, found = run_many(self.state, self.computed, batches, self.key)
         self._pending.append((len(group), found))
+        self._num_pending += len(group)
         self._num_taken += len(group)
-        self._num_examples += sum(map(count_examples, group))
-
-    @property
-    def _num_pending(self) -> int:
-        return sum(count for count, _ in self._pending)
+        self._num_examples += len(group) * count_examples(group[0])
 
     def _look(self) -> None:
         """Wait for the device, and show and keep the numbers of its steps."""
@@ -157,7 +154,7 @@ class Run:
             loss, metrics = found
             stacked = (loss, _name_metrics(metrics))
             self._records += [stacked] if steps == 1 else _split_rows(stacked, steps)
-        self._pending = []
+        self._pending, self._num_pending = [], 0
 
         first = len(self._records) - count
         for step, (loss, metrics) in enumerate(self._records[first:], start=first + 1):

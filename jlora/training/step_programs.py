@@ -60,13 +60,17 @@ def compile_step(
 def compile_steps(
     loss: Loss, optimizer: optax.GradientTransformation, options: StepOptions
 ) -> Callable:
-    """Return the compiled steps over batches that are stacked along a first axis."""
+    """Return the compiled steps over a tuple of batches of one shape."""
 
-    def take_steps(state: TrainState, frozen: Tree, batches: Any, key: Any) -> Any:
+    def take_steps(
+        state: TrainState, frozen: Tree, batches: tuple[Any, ...], key: Any
+    ) -> Any:
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+
         def take_one(state: TrainState, batch: Any) -> Any:
             return _take_step(loss, optimizer, options, state, frozen, batch, key)
 
-        return jax.lax.scan(take_one, state, batches)
+        return jax.lax.scan(take_one, state, stacked)
 
     return jax.jit(take_steps, donate_argnums=0)
 
