@@ -78,12 +78,20 @@ def make_factor_reader(
     store: WindowStore, modules: Iterable[StoredModule], ranks: Mapping[str, int]
 ) -> Callable[[str], Factors]:
     """Return the function that gives the factors of a module: stacked for experts."""
+    return make_stack_reader(
+        modules, lambda ref: _read_pair(store, ref, ranks[ref.module.path])
+    )
+
+
+def make_stack_reader(
+    modules: Iterable[StoredModule], read_pair: Callable[[MatrixRef], Factors]
+) -> Callable[[str], Factors]:
+    """Return the function that gives the factors of a module: stacked for experts."""
     by_path = {module.path: module for module in modules}
 
     def read(path: str) -> Factors:
         module = by_path[path]
-        refs = [MatrixRef(module, i) for i in range(module.num_matrices)]
-        pairs = [_read_pair(store, ref, ranks[path]) for ref in refs]
+        pairs = [read_pair(MatrixRef(module, i)) for i in range(module.num_matrices)]
         if module.num_experts is None:
             return pairs[0]
         return make_pair(*(np.stack(parts) for parts in zip(*pairs, strict=True)))

@@ -19,6 +19,7 @@ from jlora.adaptation.plan import make_plan
 from jlora.adaptation.rule import Rule
 from jlora.checkpoints.adapter_ranks import AdapterReport, ModuleReport
 from jlora.checkpoints.checkpoint import Checkpoint
+from jlora.checkpoints.factor_store import make_stack_reader
 from jlora.checkpoints.memory import check_fits, find_work_bytes
 from jlora.checkpoints.modules import MatrixRef, StoredModule, read_matrix
 from jlora.checkpoints.peft_file import make_pair
@@ -111,17 +112,9 @@ def make_initial_reader(
     store: WindowStore, modules: Iterable[StoredModule]
 ) -> Callable[[str], Factors]:
     """Return the function that gives the factors of a module: stacked for experts."""
-    by_path = {module.path: module for module in modules}
-
-    def read(path: str) -> Factors:
-        module = by_path[path]
-        refs = [MatrixRef(module, i) for i in range(module.num_matrices)]
-        us, vs = ([_read(store, ref, part) for ref in refs] for part in "uv")
-        if module.num_experts is None:
-            return make_pair(us[0], vs[0])
-        return make_pair(np.stack(us), np.stack(vs))
-
-    return read
+    return make_stack_reader(
+        modules, lambda ref: make_pair(*(_read(store, ref, part) for part in "uv"))
+    )
 
 
 def report_initial_factors(

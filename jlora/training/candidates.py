@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from jlora._types import AnyArray, Array, Bool, Float, Int, Tree
 from jlora.adaptation.weight_trees import join
 from jlora.training.padding import mask_padding
 from jlora.training.rank_trees import FrozenLayout, StackedTrees
-from jlora.training.steps import Loss
+from jlora.training.step_programs import Loss, apply_optimizer
 
 MakeOptimizer = Callable[[Any], optax.GradientTransformation]  # of a rate
 Grid = tuple[int, int, int]  # numbers of ranks, rates and folds
@@ -110,22 +109,6 @@ def measure_candidates(
 def take_examples(examples: Tree, index: Int[AnyArray, " count"]) -> Tree:
     """Return the batch of these examples."""
     return jax.tree.map(lambda leaf: leaf[index], examples)
-
-
-def apply_optimizer(
-    optimizer: optax.GradientTransformation,
-    gradient: Tree,
-    opt_state: Any,
-    trainable: Tree,
-    extra: dict[str, Any],
-) -> tuple[Tree, Any]:
-    """Return (updates, opt_state); the optimiser gets the extra arguments it names."""
-    optimizer = optax.with_extra_args_support(optimizer)
-    parameters = inspect.signature(optimizer.update).parameters.values()
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        names = {parameter.name for parameter in parameters}
-        extra = {name: value for name, value in extra.items() if name in names}
-    return optimizer.update(gradient, opt_state, trainable, **extra)
 
 
 def _step_candidate(

@@ -11,10 +11,11 @@ import numpy as np
 import optax
 
 from jlora._types import Array, Int, PRNGKey, Tree
-from jlora.training.candidates import MakeOptimizer, apply_optimizer
+from jlora.training.candidates import MakeOptimizer
 from jlora.training.folds import make_generator
 from jlora.training.padding import mask_padding, pad_weights
 from jlora.training.rank_trees import RankTrees
+from jlora.training.step_programs import apply_optimizer
 
 _GRADIENT_SCALES = (1.0, 1e4, 1e-4)  # clipping of any usual kind acts on one of them
 _TOLERANCE = 1e-4  # relative; rounding of a few updates in float32 is far below it

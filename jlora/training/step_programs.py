@@ -96,15 +96,14 @@ def _take_step(
 
     # Differentiate, and let the optimiser see all that it may ask for.
     (value, aux), gradient = jax.value_and_grad(evaluate, has_aux=True)(state.trainable)
-    optimizer = optax.with_extra_args_support(optimizer)
     extra = {
         "value": value,
         "grad": gradient,
         "value_fn": lambda trainable, frozen=frozen: evaluate(trainable, frozen)[0],
         "frozen": frozen,
     }
-    updates, opt_state = optimizer.update(
-        gradient, state.opt_state, state.trainable, **_pick_known(optimizer, extra)
+    updates, opt_state = apply_optimizer(
+        optimizer, gradient, state.opt_state, state.trainable, extra
     )
     updated = optax.apply_updates(state.trainable, updates)
 
@@ -131,6 +130,22 @@ def _split_aux(found: Any) -> tuple[Any, Any]:
         "`loss` must return (loss, metrics) with has_aux=True, got "
         f"{type(found).__name__}. Return a pair, or leave has_aux out."
     )
+
+
+def apply_optimizer(
+    optimizer: optax.GradientTransformation,
+    gradient: Tree,
+    opt_state: Any,
+    trainable: Tree,
+    extra: dict[str, Any],
+) -> tuple[Tree, Any]:
+    """Return (updates, opt_state); the optimiser gets the extra arguments it names."""
+    optimizer = optax.with_extra_args_support(optimizer)
+    parameters = inspect.signature(optimizer.update).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        names = {parameter.name for parameter in parameters}
+        extra = {name: value for name, value in extra.items() if name in names}
+    return optimizer.update(gradient, opt_state, trainable, **extra)
 
 
 def cast_floating(tree: Tree, dtype: DTypeLike) -> Tree:
@@ -179,14 +194,3 @@ def _is_guarded(opt_state: Any) -> bool:
 
 def _is_guard(node: Any) -> bool:
     return isinstance(node, optax.ApplyIfFiniteState)
-
-
-def _pick_known(
-    optimizer: optax.GradientTransformationExtraArgs, extra: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the arguments that `optimizer.update` takes by name."""
-    parameters = inspect.signature(optimizer.update).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return extra
-    names = {parameter.name for parameter in parameters}
-    return {name: value for name, value in extra.items() if name in names}

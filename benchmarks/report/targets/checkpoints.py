@@ -25,7 +25,7 @@ def _name_problems():
 
 _PROBLEMS = _name_problems()
 ((_OPEN, _),) = _PROBLEMS["open checkpoint"]
-(_EXTRACT, _), *_ = _PROBLEMS["extract adapter"]
+(_EXTRACT, _), (_EXTRACT_ONE_LAYER, _), *_ = _PROBLEMS["extract adapter"]
 ((_MERGE, _),) = _PROBLEMS["merge adapter"]
 (_RESIZE, _), (_RESIZE_ONE_LAYER, _) = _PROBLEMS["resize adapter"]
 ((_MEMORY, _JOBS),) = _PROBLEMS["peak memory"]
@@ -67,6 +67,12 @@ TARGETS = (
         "extract, time over svd_lowrank niter 4",
         0.5,
         measure_ratio(_EXTRACT, _OURS, _LOWRANK),
+    ),
+    Target(
+        9,
+        "extract, time over the full SVD of each matrix",
+        0.1,
+        measure_ratio(_EXTRACT_ONE_LAYER, _OURS, "torch.linalg.svd"),
     ),
     Target(
         9,
