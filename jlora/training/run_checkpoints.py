@@ -56,6 +56,7 @@ class RunCheckpoints:
         self.every = every
         self._job = {str(name): _plain(value) for name, value in job.items()}
         self._ocp = _import_orbax()
+        self._is_closed = False
         _check_folder(self._path)
         options = self._ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True, create=True
@@ -130,14 +131,33 @@ class RunCheckpoints:
         composite = args.Composite(
             arrays=args.StandardSave(arrays | records), meta=args.JsonSave(meta)
         )
-        with _quiet():
+        with _quiet(), self._naming():
             self._manager.save(resumed.num_batches, args=composite, force=True)
 
     def close(self) -> None:
-        """Wait until all checkpoints are written."""
-        with _quiet():
-            self._manager.wait_until_finished()
-            self._manager.close()
+        """Wait until all checkpoints are written; a second call does nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        with _quiet(), self._naming():
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Make an error of orbax, also of an earlier save, one sentence."""
+        try:
+            yield
+        except Exception as error:
+            # Orbax names its own files first, and the reason last.
+            text = " ".join(str(error).split())
+            reason = text.rpartition(": ")[2] or type(error).__name__
+            raise OSError(
+                f"{self._path}: `checkpoint` must be written whole, got: {reason}. "
+                "Free some space, or choose another folder."
+            ) from error
 
     def _check_job(self, job: Mapping[str, Any]) -> None:
         for name in (*self._job, *job):

@@ -67,6 +67,9 @@ class Run:
             raise
         finally:
             self.bar.close()
+            if self.checkpoints is not None:
+                with contextlib.suppress(Exception):  # an error is on its way already
+                    self.checkpoints.close()
         if not self._records:
             raise ValueError(
                 "`batches` must hold at least one batch, got none. "
@@ -219,7 +222,6 @@ class Run:
         if self.checkpoints is not None and not isinstance(error, OSError):
             with contextlib.suppress(Exception):
                 self._save(self._num_taken, None)
-                self.checkpoints.close()
 
     def _make_result(self) -> FitResult:
         losses = np.asarray([loss for loss, _ in self._records], np.float64)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -195,6 +197,32 @@ def test_a_half_written_checkpoint_is_not_read(tmp_path):
     half.mkdir()
     (half / "arrays").mkdir()
     assert_same_bits(fit(adapted, batches, checkpoint=tmp_path / "run"), expected)
+
+
+FULL = """
+import resource, sys
+from tests.training.test_resume import fit, make_run
+adapted, batches = make_run()
+resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+try:
+    fit(adapted, batches, checkpoint=sys.argv[1])
+except OSError as error:
+    print(len(error.fit_result.losses), error)
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path):
+    folder = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(folder)], capture_output=True, text=True
+    )
+    number, text = done.stdout.strip().split(" ", 1)
+    assert int(number) >= 5
+    assert f"{folder}: `checkpoint` must be written whole, got: " in text
+    assert "File too large" in text
+    adapted, batches = make_run()
+    found = fit(adapted, batches, checkpoint=folder)
+    assert_same_bits(found, fit(adapted, batches))
 
 
 KILLED = """
