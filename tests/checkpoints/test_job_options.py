@@ -1,6 +1,7 @@
 """Options that the jobs share: dry runs, limits of memory, layouts, budgets."""
 
 import json
+import re
 
 import jax
 import ml_dtypes
@@ -102,6 +103,17 @@ def test_the_limit_does_not_change_the_result(inputs, tmp_path, job):
     for path in files:
         other = tmp_path / "two" / path.relative_to(tmp_path / "one")
         assert path.read_bytes() == other.read_bytes()
+
+
+def test_lines_of_progress_say_matrices_bytes_and_time(inputs, tmp_path, capsys):
+    for job, name in (("extract", "extract"), ("init", "init"), ("resize", "resize")):
+        run_job(job, inputs, tmp_path / job, rank=2, progress=None)
+        line = next(
+            line
+            for line in capsys.readouterr().err.splitlines()
+            if line.startswith(f"{name}: 2/2 matrices")
+        )
+        assert re.search(r", \d+ MB/s, 0 s left, \d+\.\d matrices/s$", line)
 
 
 def test_ranks_of_init_come_from_a_budget(inputs, tmp_path):
