@@ -17,6 +17,7 @@ from benchmarks.suites import training
 from benchmarks.suites.adaptation.llama_network import run_network
 from benchmarks.suites.training import (
     fit_loops,
+    rank_trials,
     step_methods,
     step_programs,
     torch_steps,
@@ -212,3 +213,10 @@ def test_targets_name_records_of_the_full_level():
 
 def test_targets_of_absent_records_have_no_value():
     assert {target.measure({}) for target in targets.TARGETS} == {None}
+
+
+def test_candidates_of_a_cross_validation_are_the_same_one_by_one():
+    found = measure(rank_trials.make_trial_group(size=8, num_steps=2))
+    smallest = [errors["smallest mean error"] for errors in found.values()]
+    # Sums in another order in float32.
+    assert smallest[0] == pytest.approx(smallest[1], rel=1e-4)

@@ -4,6 +4,7 @@ from benchmarks.report.targets.measures import measure_error, measure_ratio
 from benchmarks.report.targets.target import Target
 from benchmarks.suites.training import list_groups
 from benchmarks.suites.training.fit_loops import BARE, DISPATCHES, FIT, name_dispatch
+from benchmarks.suites.training.rank_trials import ONE_BY_ONE, TOGETHER
 from benchmarks.suites.training.step_methods import FULL, PEFT, U_AND_V, V_ONLY
 
 _PROBLEMS = {
@@ -13,6 +14,7 @@ _PROBLEMS = {
 _STEP = _PROBLEMS["training step"]
 _FIT = _PROBLEMS["fit overhead"]
 _DISPATCH = _PROBLEMS["steps per dispatch"]
+_TRIALS = _PROBLEMS["cross-validation"]
 
 
 def _measure_kinds(kind):
@@ -80,6 +82,13 @@ TARGETS = (
         f"fit, time of 1 step per dispatch over {DISPATCHES[0]}",
         2.0,
         measure_ratio(_DISPATCH, _ONE, _MANY),
+        at_least=True,
+    ),
+    Target(
+        10,
+        "cross-validation, time one by one over together",
+        1.5,
+        measure_ratio(_TRIALS, ONE_BY_ONE, TOGETHER),
         at_least=True,
     ),
 )
