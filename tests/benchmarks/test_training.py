@@ -216,7 +216,7 @@ def test_targets_of_absent_records_have_no_value():
 
 
 def test_candidates_of_a_cross_validation_are_the_same_one_by_one():
-    found = measure(rank_trials.make_trial_group(size=8, num_steps=2))
+    found = measure(rank_trials.make_trial_group(size=16, num_steps=2))
     smallest = [errors["smallest mean error"] for errors in found.values()]
     # Sums in another order in float32.
     assert smallest[0] == pytest.approx(smallest[1], rel=1e-4)
