@@ -29,7 +29,6 @@ from jlora.adaptation import (
     RankRule,
     Rule,
     adapt,
-    diagnose,
     join,
     linear,
     make_plan,
@@ -50,13 +49,15 @@ from jlora.updates import concatenate_factors, recompress, set_columns
 
 if _TYPE_CHECKING:
     from jlora import checkpoints, lifting, training  # noqa: F401
+    from jlora.adaptation import diagnose
     from jlora.checkpoints import load_arrays, load_peft, save_arrays, save_peft
     from jlora.lifting import lift, on_merged
     from jlora.training import fit, init_train, optimizers, train_step  # noqa: F401
 
-# Packages that a program of kernels does not need are imported on their first use:
+# Modules that a program of kernels does not need are imported on their first use:
 # with them the import of jlora takes a tenth longer than importing JAX and optax.
 _ON_USE = {
+    "adaptation.diagnostics": ("diagnose",),
     "checkpoints": ("load_arrays", "load_peft", "save_arrays", "save_peft"),
     "lifting": ("lift", "on_merged"),
     "training": ("fit", "init_train", "optimizers", "train_step"),

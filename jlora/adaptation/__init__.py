@@ -13,16 +13,29 @@ diagnostics.py           diagnose
 paths.py, data.py, tables.py   helpers
 """
 
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from jlora.adaptation.adapted_weight import AdaptedWeight, linear, read_base
 from jlora.adaptation.adapters import extract_delta, get_factors, set_factors
 from jlora.adaptation.batching import adapt
-from jlora.adaptation.diagnostics import Diagnosis, diagnose
 from jlora.adaptation.lazy_arrays import LazyArray
 from jlora.adaptation.merging import merge
 from jlora.adaptation.plan import Plan, PlanEntry, make_plan
 from jlora.adaptation.rank_rules import RankBudget, RankRule
 from jlora.adaptation.rule import Rule
 from jlora.adaptation.weight_trees import join, split_trainable
+
+if _TYPE_CHECKING:
+    from jlora.adaptation.diagnostics import Diagnosis, diagnose
+
+
+def __getattr__(name: str) -> object:
+    # Imported on use, as the packages of jlora's own __init__ are.
+    if name not in ("Diagnosis", "diagnose"):
+        raise AttributeError(f"module 'jlora.adaptation' has no attribute {name!r}")
+    return getattr(_import_module("jlora.adaptation.diagnostics"), name)
+
 
 __all__ = [
     "AdaptedWeight",

@@ -67,7 +67,7 @@ def test_qwix_merges_the_axes_of_an_einsum(file, a, b, u, v):
         ((2, 6, 2), (2, 2, 4), "must hold factors that can be read in one way"),
         ((3, 4, 2), (2, 5, 6), "must hold factors that can be read in one way"),
         ((2, 2, 6, 2), (2, 2, 2, 4), "must hold factors that can be read in one way"),
-        ((3, 3, 6, 2), (2, 4), "got those of a convolution, (3, 3, 6, 2) and (2, 4)"),
+        ((3, 3, 6, 2), (2, 4), "got factors of a convolution, (3, 3, 6, 2) and (2, 4)"),
     ],
 )
 def test_shapes_of_qwix_that_do_not_decide_are_refused(file, a, b, text):
