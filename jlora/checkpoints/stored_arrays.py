@@ -8,7 +8,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from jlora.checkpoints.safetensors_header import TensorEntry
 _ALIGNMENT = 64  # bytes
 
 
+@runtime_checkable
 class StoredArray(Protocol):
     """An array of a checkpoint, known by its header and read on use."""
 
@@ -139,6 +140,7 @@ def _make_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + num_bytes].view(dtype).reshape(shape)
 
 
+@runtime_checkable
 class Readable(Protocol):
     """Bytes that can be read into memory that exists."""
 
