@@ -199,7 +199,7 @@ def _subtract_rows(
 
 @functools.partial(jax.jit, static_argnames="rank")
 def _decompose_batch(
-    delta: Float[Array, "k m n"], keys: PRNGKey, rank: int
+    delta: Float[Array, "k m n"], keys: Array, rank: int
 ) -> tuple[SVD, Float[Array, " k"], Array]:
     """Return the leading triplets of each matrix, the norm of the rest, "finite"."""
     run = functools.partial(_decompose_matrix, rank=rank)
