@@ -68,6 +68,10 @@ class Checkpoint(Mapping[str, np.ndarray]):
         """
         return self.read_rows(name, 0, None)
 
+    def __contains__(self, name: object) -> bool:
+        # A mapping's own answer would read the array.
+        return name in self._arrays
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._arrays)
 

@@ -228,3 +228,15 @@ def test_a_file_that_changes_is_noticed(tmp_path):
     jlora.save_arrays(path, {"w": np.ones(3)})
     with pytest.raises(ValueError, match="must not change while it is open"):
         checkpoint["w"]
+
+
+def test_whether_a_name_is_there_reads_no_data(tmp_path, monkeypatch):
+    jlora.save_arrays(tmp_path / "w.safetensors", {"w": np.ones(3)})
+    checkpoint = open_checkpoint(tmp_path)
+
+    def refuse(*arguments):
+        raise AssertionError("the data was read")
+
+    monkeypatch.setattr(type(checkpoint), "read_rows", refuse)
+    assert "w" in checkpoint
+    assert "v" not in checkpoint
