@@ -26,6 +26,7 @@ from jlora.checkpoints.adapter_sums import (
     check_sum_memory,
     fill_sums,
     find_dtypes,
+    list_weighted,
     open_terms,
     read_sum,
 )
@@ -159,8 +160,6 @@ def combine_adapters(
         2.5
         >>> folder.cleanup()
     """
-    if not adapters:
-        raise ValueError("`adapters` must name at least one, got none. Pass a folder.")
     wish = None if rank is None else check_wish(rank, None, None)
     job = _Job(adapters, wish, portable, max_memory, progress)
     return job.run(output, dry_run)
@@ -185,7 +184,8 @@ class _Job:
         max_memory: int | None,
         progress: bool | None,
     ) -> None:
-        self._terms, self._modules = open_terms(adapters)
+        self._weighted = list_weighted(adapters)
+        self._terms, self._modules = open_terms(self._weighted)
         self._ranks = {
             path: sum(file.modules[path].rank for file, _ in self._terms[path])
             for path in self._terms
@@ -194,12 +194,11 @@ class _Job:
         self._portable = portable
         self._max_memory = check_max_memory(max_memory)
         self._progress = progress
-        self._weights = dict(adapters)
         check_sum_memory(self._modules, self._ranks, self._max_memory)
 
     def run(self, output: Path, dry_run: bool) -> AdapterReport:
         """Write the new adapter, and return its report."""
-        folders = [pathlib.Path(path) for path in self._weights]
+        folders = [path for path, _ in self._weighted]
         check_target(pathlib.Path(output).absolute(), folders)
         if dry_run:
             return self._plan()
@@ -208,7 +207,7 @@ class _Job:
         job = {
             "job": "sum",
             "inputs": [identify(path / name) for path in folders for name in names],
-            "weights": list(self._weights.values()),
+            "weights": [weight for _, weight in self._weighted],
             "wish": self._wish,
             "portable": self._portable,
         }

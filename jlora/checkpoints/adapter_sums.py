@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,8 +31,18 @@ from jlora.updates.recompression import concatenate_factors, recompress
 Terms = Sequence[tuple[PeftFile, float]]  # adapters and their weights
 
 
+def list_weighted(adapters: Mapping[Any, float]) -> list[tuple[pathlib.Path, float]]:
+    """Return [(folder, weight)] of {folder: weight}, checked."""
+    if not adapters:
+        raise ValueError("`adapters` must name at least one, got none. Pass a folder.")
+    return [
+        (pathlib.Path(path), float(_checks.check_scalar(weight, f"weight of {path}")))
+        for path, weight in adapters.items()
+    ]
+
+
 def open_terms(
-    adapters: Mapping[Any, float],
+    weighted: Sequence[tuple[pathlib.Path, float]],
 ) -> tuple[dict[str, Terms], list[StoredModule]]:
     """Return {module: the adapters that change it}, and the modules.
 
@@ -39,12 +50,11 @@ def open_terms(
         OSError, ValueError: as `load_peft`, or modules of other shapes.
     """
     terms: dict[str, list[tuple[PeftFile, float]]] = {}
-    for path, weight in adapters.items():
-        number = float(_checks.check_scalar(weight, f"weight of {path}"))
+    for path, weight in weighted:
         file = open_peft(path)
         check_only_factors(file)
         for module in file.modules:
-            terms.setdefault(module, []).append((file, number))
+            terms.setdefault(module, []).append((file, weight))
     return dict(terms), [_make_module(path, parts) for path, parts in terms.items()]
 
 
@@ -95,10 +105,7 @@ def fill_sums(
         bar: shows the matrices.
     """
     read = functools.lru_cache(1)(lambda path: read_sum(terms[path], path))
-    for number, window, is_done in store.list_windows():
-        if is_done:
-            bar.count(len(window))
-            continue
+    for number, window in store.list_missing(bar):
         parts: dict[str, Part] = {}
         for ref, svd in _decompose_window(window, read, max_memory):
             thin = SVD(svd.u[:, :rank], svd.s, svd.vt[:rank])

@@ -25,7 +25,7 @@ from jlora.factorization.svd import randomized_svd
 from jlora.factors import SVD, Factors, split_svd
 from jlora.reconstruction.dense import reconstruct
 
-# Enough to keep more energy than torch.svd_lowrank with niter=4, in half of its time.
+# Enough to keep more energy than torch.svd_lowrank with niter=4.
 _NUM_PASSES = 10
 _BLOCK = 2**22  # elements that are subtracted at once
 # The part of the energy above which a difference of float32 numbers, of about 1e-6,
@@ -69,10 +69,7 @@ def fill_store(
     Raises:
         ValueError: NaN or Inf in a matrix.
     """
-    for number, window, is_done in store.list_windows():
-        if is_done:
-            bar.count(len(window))
-            continue
+    for number, window in store.list_missing(bar):
         parts = {}
         for ref, part in _decompose_window(window, operands, rank, key, max_memory):
             parts[ref.name] = part

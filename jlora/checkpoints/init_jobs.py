@@ -219,7 +219,7 @@ class _Run:
                 store,
                 Operands(self._source, None),
                 max_rank,
-                self._key,
+                jax.random.fold_in(self._key, 0),  # the factors take the key itself
                 self._max_memory,
                 bar,
             )

@@ -95,10 +95,7 @@ def fill_initial_factors(
         ValueError: NaN or Inf in a weight.
     """
     limit = find_work_bytes(max_memory)
-    for number, window, is_done in store.list_windows():
-        if is_done:
-            bar.count(len(window))
-            continue
+    for number, window in store.list_missing(bar):
         arrays: dict[str, np.ndarray] = {}
         for group in _split(window, limit):
             arrays |= _adapt_group(source, group, initializer, ranks, key, limit)
@@ -184,7 +181,6 @@ def _adapt_group(
                 Rule(f"^({'|'.join(names)})$", rank, init=initializer, layout=layout)
                 for (rank, layout), names in rules.items()
             ],
-            key=key,
         )
         try:
             adapted = adapt(tree, plan, key=key, max_bytes=limit, progress=False)

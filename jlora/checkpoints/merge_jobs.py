@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jlora import _checks
 from jlora._progress import Progress
 from jlora._types import PRNGKey
+from jlora.checkpoints.adapter_sums import list_weighted
 from jlora.checkpoints.architectures import Layouts, check_layouts
 from jlora.checkpoints.changes import find_changes
 from jlora.checkpoints.checkpoint import open_checkpoint
@@ -26,8 +26,8 @@ from jlora.checkpoints.merge_plan import (
     plan_files,
 )
 from jlora.checkpoints.output_folder import check_target, identify, open_output
-from jlora.checkpoints.peft_file import open_peft
-from jlora.checkpoints.peft_reader import read_peft
+from jlora.checkpoints.peft_file import PeftFile, open_peft
+from jlora.checkpoints.peft_reader import read_adapter
 from jlora.checkpoints.tied import untie
 from jlora.reconstruction.rounding import check_rounding
 
@@ -124,11 +124,12 @@ def merge_checkpoint(
     checkpoint = open_checkpoint(base)
     is_folder = checkpoint.path.is_dir()
     config = read_model_config(checkpoint.path)
-    weighted = _list_adapters(adapters)
+    weighted = list_weighted(_name_weights(adapters))
     inputs = [checkpoint.path, *(path for path, _ in weighted)]
     check_target(pathlib.Path(output).absolute(), inputs)
-    _check_memory(weighted, check_max_memory(max_memory))
-    loaded = [(read_peft(path), weight) for path, weight in weighted]
+    opened = [(open_peft(path), weight) for path, weight in weighted]
+    _check_memory([file for file, _ in opened], check_max_memory(max_memory))
+    loaded = [(read_adapter(file), weight) for file, weight in opened]
     changes = find_changes(checkpoint, config, loaded, check_layouts(layouts))
     untied = untie(changes, checkpoint, config)
     files = plan_files(checkpoint, changes, untied)
@@ -176,27 +177,17 @@ def merge_checkpoint(
     return report
 
 
-def _check_memory(
-    weighted: Sequence[tuple[pathlib.Path, float]], max_memory: int | None
-) -> None:
-    """Refuse adapters that do not fit in the memory of the job."""
-    for path, _ in weighted:
-        # As stored, in float32 with the scale, and of one tensor in its layout.
-        needed = 3 * open_peft(path).checkpoint.num_bytes + WORK_BYTES
-        check_fits(max_memory, needed, str(path))
+def _check_memory(files: Sequence[PeftFile], max_memory: int | None) -> None:
+    """Refuse adapters that do not fit together in the memory of the job."""
+    # As stored, in float32 with the scale, and of one tensor in its layout.
+    needed = 3 * sum(file.checkpoint.num_bytes for file in files) + WORK_BYTES
+    check_fits(max_memory, needed, ", ".join(str(file.folder) for file in files))
 
 
-def _list_adapters(
+def _name_weights(
     adapters: Path | Sequence[Path] | Mapping[Any, float],
-) -> list[tuple[pathlib.Path, float]]:
-    if isinstance(adapters, (str, os.PathLike)):
-        adapters = [adapters]
-    weights = (
-        adapters if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
-    )
-    if not weights:
-        raise ValueError("`adapters` must name at least one, got none. Pass a folder.")
-    return [
-        (pathlib.Path(path), float(_checks.check_scalar(weight, f"weight of {path}")))
-        for path, weight in weights.items()
-    ]
+) -> Mapping[Any, float]:
+    if isinstance(adapters, Mapping):
+        return adapters
+    is_one = isinstance(adapters, (str, os.PathLike))
+    return dict.fromkeys([adapters] if is_one else adapters, 1.0)

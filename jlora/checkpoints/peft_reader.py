@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jlora.checkpoints.peft_file import open_peft, read_finite
+from jlora.checkpoints.peft_file import PeftFile, open_peft, read_finite
 from jlora.factors import Factors
 
 
@@ -44,7 +44,11 @@ def read_peft(folder: str | os.PathLike[str]) -> PeftAdapter:
         {}
         >>> folder.cleanup()
     """
-    file = open_peft(folder)
+    return read_adapter(open_peft(folder))
+
+
+def read_adapter(file: PeftFile) -> PeftAdapter:
+    """Return everything that an open adapter holds."""
     factors = {path: file.read(path) for path in file.modules}
     others = {
         part: {

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
+from jlora._progress import Progress
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from jlora.checkpoints.modules import MatrixRef
 from jlora.checkpoints.output_folder import OutputFolder
@@ -37,10 +38,16 @@ class WindowStore:
         self._windows = _split(refs, rank)
         self._places: dict[str, Checkpoint] = {}
 
-    def list_windows(self) -> Iterator[tuple[int, list[MatrixRef], bool]]:
-        """Yield (number, matrices, whether it is on disk already) of each window."""
+    def list_missing(self, bar: Progress) -> Iterator[tuple[int, list[MatrixRef]]]:
+        """Yield (number, matrices) of each window that is not on disk yet.
+
+        The bar counts the matrices of the others.
+        """
         for number, window in enumerate(self._windows):
-            yield number, window, self._folder.has(self._name(number))
+            if self._folder.has(self._name(number)):
+                bar.count(len(window))
+            else:
+                yield number, window
 
     def put(self, number: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Write the arrays of a window."""

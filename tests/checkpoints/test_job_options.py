@@ -198,3 +198,17 @@ def test_the_dtype_of_an_adapter_is_kept(tmp_path):
     assert exact["q"].u.dtype == np.float32
     product = np.float64(u) @ np.float64(v)
     np.testing.assert_allclose(exact["q"].u @ exact["q"].v, 0.3 * product, rtol=1e-5)
+
+
+def test_weights_of_any_kind_of_number(inputs, tmp_path):
+    base, _, adapter = inputs
+    weights = {"plain": 0.5, "numpy": np.float32(0.5), "jax": jax.numpy.float32(0.5)}
+    for name, weight in weights.items():
+        combine_adapters({adapter: weight}, tmp_path / name, progress=False)
+        merge_checkpoint(
+            base, {adapter: weight}, tmp_path / f"m-{name}", progress=False
+        )
+    for start in ("", "m-"):
+        files = [sorted((tmp_path / f"{start}{name}").iterdir()) for name in weights]
+        for plain, *others in zip(*files, strict=True):
+            assert {each.read_bytes() for each in others} == {plain.read_bytes()}
