@@ -25,7 +25,7 @@ from jlora.checkpoints.folders import read_model_config
 from jlora.checkpoints.lazy_tensors import LazyTensor
 from jlora.checkpoints.safetensors_header import TensorEntry
 from jlora.checkpoints.sources import list_arrays
-from jlora.checkpoints.stored_arrays import StoredArray
+from jlora.checkpoints.stored_arrays import SafetensorsArray, StoredArray
 
 
 class TensorInfo(NamedTuple):
@@ -128,8 +128,12 @@ class Checkpoint(Mapping[str, np.ndarray]):
             )
         return array.entry
 
-    def read_rows(self, name: str, start: int, stop: int | None) -> np.ndarray:
+    def read_rows(
+        self, name: str, start: int, stop: int | None, *, index: int | None = None
+    ) -> np.ndarray:
         """Return rows start to stop of an array: entries along its first axis.
+
+        With an index they are rows of that entry of a stack [k, m, n].
 
         Only these rows are read from .safetensors files, .npy files and members of .npz
         files that are not compressed. Compressed members are decompressed up to the
@@ -143,6 +147,12 @@ class Checkpoint(Mapping[str, np.ndarray]):
         array = self._find(name)
         if not array.shape:
             return array.read_rows(0, 1)
+        if index is not None:
+            first, last, _ = slice(start, stop).indices(array.shape[1])
+            if not isinstance(array, SafetensorsArray):
+                return array.read_rows(index, index + 1)[0, first:last]
+            offset = index * array.shape[1]
+            return array.join_rows().read_rows(offset + first, offset + last)
         first, last, _ = slice(start, stop).indices(array.shape[0])
         return array.read_rows(first, max(first, last))
 

@@ -136,18 +136,20 @@ def read_rows(
         offset += num_rows
         if first >= last:
             continue
-        if stack:
-            expert = _read(checkpoint, piece.tensor, ref.index, ref.index + 1)[0]
-            parts.append(expert[first:last])
-        else:
-            parts.append(_read(checkpoint, piece.tensor, first, last))
+        index = ref.index if stack else None
+        parts.append(_read(checkpoint, piece.tensor, first, last, index))
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _read(checkpoint: Checkpoint, name: str, start: int, stop: int) -> np.ndarray:
-    if is_fp8(checkpoint.info(name).dtype):
+def _read(
+    checkpoint: Checkpoint, name: str, start: int, stop: int, index: int | None
+) -> np.ndarray:
+    """Return rows of a matrix, or of one of a stack."""
+    if not is_fp8(checkpoint.info(name).dtype):
+        return checkpoint.read_rows(name, start, stop, index=index)
+    if index is None:
         return checkpoint.read_dequantized(name, start, stop)
-    return checkpoint.read_rows(name, start, stop)
+    return checkpoint.read_dequantized(name, index, index + 1)[0, start:stop]
 
 
 def _why_no_matrix(checkpoint: Checkpoint, name: str) -> str | None:

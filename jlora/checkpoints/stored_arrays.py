@@ -111,6 +111,11 @@ class SafetensorsArray(NamedTuple):
     def num_bytes(self) -> int:
         return self.entry.num_bytes
 
+    def join_rows(self) -> SafetensorsArray:
+        """Return a stack [k, m, n] as one matrix [k * m, n]."""
+        k, m, n = self.shape
+        return self._replace(entry=self.entry._replace(shape=(k * m, n)))
+
     def read_rows(self, first: int, last: int) -> np.ndarray:
         """Return rows of the tensor, read into memory of their own."""
         dtype = find_dtype(self.entry.dtype)

@@ -240,3 +240,13 @@ def test_whether_a_name_is_there_reads_no_data(tmp_path, monkeypatch):
     monkeypatch.setattr(type(checkpoint), "read_rows", refuse)
     assert "w" in checkpoint
     assert "v" not in checkpoint
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_rows_of_one_matrix_of_a_stack(tmp_path, suffix):
+    stack = np.arange(60, dtype=np.float32).reshape(3, 5, 4)
+    jlora.save_arrays(tmp_path / f"w{suffix}", {"w": stack})
+    checkpoint = open_checkpoint(tmp_path / f"w{suffix}")
+    for index, start, stop in ((0, 0, 2), (1, 3, 5), (2, 4, None), (1, 2, 2)):
+        found = checkpoint.read_rows("w", start, stop, index=index)
+        np.testing.assert_array_equal(found, stack[index, start:stop])
