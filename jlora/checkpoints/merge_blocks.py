@@ -56,7 +56,8 @@ def write_tensors(
         for tensor in plan:
             if bar is not None:
                 bar.count(1, tensor.num_bytes)
-            if tensor.change is None:
+            change = tensor.change
+            if change is None:
                 assert tensor.source is not None
                 place = checkpoint.locate(tensor.source)
                 pipeline.write(
@@ -64,18 +65,15 @@ def write_tensors(
                 )
                 continue
             own_key = None if key is None else fold_path(key, tensor.name)
-            blocks = _list_blocks(checkpoint, tensor, pipeline)
-            for start, block in blocks:
-                merged = _merge_block(block, tensor, start, rounding, own_key)
+            for start, block in _list_blocks(checkpoint, tensor, change, pipeline):
+                merged = _merge_block(block, change, start, rounding, own_key)
                 pipeline.write(_write_block, file, merged, tensor)
 
 
 def _list_blocks(
-    checkpoint: Checkpoint, tensor: OutputTensor, pipeline: Pipeline
+    checkpoint: Checkpoint, tensor: OutputTensor, change: Change, pipeline: Pipeline
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (first row, rows) of the input of a changed tensor, read ahead."""
-    change = tensor.change
-    assert change is not None
     if change.value is not None:
         yield 0, np.asarray(change.value, find_dtype(tensor.dtype))
         return
@@ -93,7 +91,7 @@ def _list_blocks(
 
 def _merge_block(
     block: np.ndarray,
-    tensor: OutputTensor,
+    change: Change,
     start: int,
     rounding: Any,
     key: PRNGKey | None,
@@ -102,8 +100,6 @@ def _merge_block(
 
     They may still be computed on the device.
     """
-    change = tensor.change
-    assert change is not None
     if change.value is not None:
         return block, True
     own_key = None if key is None else jax.random.fold_in(key, start)

@@ -21,6 +21,7 @@ from jlora.checkpoints.folders import find_side_files, read_model_config
 from jlora.checkpoints.memory import check_fits, check_max_memory
 from jlora.checkpoints.merge_blocks import WORK_BYTES, write_tensors
 from jlora.checkpoints.merge_plan import (
+    OutputTensor,
     list_inputs,
     make_side_file,
     plan_files,
@@ -28,7 +29,7 @@ from jlora.checkpoints.merge_plan import (
 from jlora.checkpoints.output_folder import check_target, identify, open_output
 from jlora.checkpoints.peft_file import PeftFile, open_peft
 from jlora.checkpoints.peft_reader import read_adapter
-from jlora.checkpoints.tied import untie
+from jlora.checkpoints.tied import Untied, untie
 from jlora.reconstruction.rounding import check_rounding
 
 Path = str | os.PathLike[str]
@@ -134,13 +135,7 @@ def merge_checkpoint(
     untied = untie(changes, checkpoint, config)
     files = plan_files(checkpoint, changes, untied)
 
-    tensors = [tensor for plan in files.values() for tensor in plan]
-    report = MergeReport(
-        tuple(tensor.name for tensor in tensors if tensor.change),
-        sum(tensor.change is None for tensor in tensors),
-        sum(tensor.num_bytes for tensor in tensors),
-        untied.head if untied else None,
-    )
+    report = _make_report(files, untied)
     if dry_run:
         return report
 
@@ -152,21 +147,16 @@ def merge_checkpoint(
         "rounding": rounding,
         "key": None if key is None else jax.random.key_data(key).tolist(),
     }
-    total = report.num_bytes + sum(path.stat().st_size for path in sides)
-    with open_output(output, inputs=inputs, num_bytes=total, job=job) as folder:
-        with Progress("merge", len(tensors), enabled=progress, unit="tensors") as bar:
+    size = report.num_bytes + sum(path.stat().st_size for path in sides)
+    with open_output(output, inputs=inputs, num_bytes=size, job=job) as folder:
+        total = len(report.changed) + report.copied
+        with Progress("merge", total, enabled=progress, unit="tensors") as bar:
+            write = functools.partial(
+                write_tensors, checkpoint, rounding=rounding, key=key, bar=bar
+            )
             for path, plan in files.items():
                 name = path.name if is_folder else "model.safetensors"
-                write = functools.partial(
-                    write_tensors,
-                    checkpoint,
-                    path,
-                    plan,
-                    rounding=rounding,
-                    key=key,
-                    bar=bar,
-                )
-                if not folder.write(name, write):
+                if not folder.write(name, functools.partial(write, path, plan)):
                     bar.count(len(plan))
 
         for path in sides:
@@ -175,6 +165,18 @@ def merge_checkpoint(
             )
             folder.write(path.name, content)
     return report
+
+
+def _make_report(
+    files: Mapping[pathlib.Path, Sequence[OutputTensor]], untied: Untied | None
+) -> MergeReport:
+    tensors = [tensor for plan in files.values() for tensor in plan]
+    return MergeReport(
+        tuple(tensor.name for tensor in tensors if tensor.change),
+        sum(tensor.change is None for tensor in tensors),
+        sum(tensor.num_bytes for tensor in tensors),
+        untied.head if untied else None,
+    )
 
 
 def _check_memory(files: Sequence[PeftFile], max_memory: int | None) -> None:

@@ -6,11 +6,10 @@ import argparse
 
 import jax
 
-from jlora import _checks
 from jlora.checkpoints.extract_jobs import extract_checkpoint
 from jlora.cli.job_options import add_job_options, read_job_options, say_end
 from jlora.cli.targets import add_targets, check_seed, check_targets
-from jlora.cli.wishes import add_output, add_wish, say_lines
+from jlora.cli.wishes import add_max_rank, add_output, add_wish, read_wish, say_lines
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -27,18 +26,13 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add("base", metavar="BASE", help="model folder, or .safetensors file")
     add("tuned", metavar="TUNED", help="the same model after fine-tuning")
     add_wish(parser)
+    add_max_rank(parser)
     add_output(parser)
     add_targets(parser, "extract")
     add(
         "--modules-to-save",
         metavar="REGEX",
         help="store these whole if they changed: norms, embeddings, heads",
-    )
-    add(
-        "--max-rank",
-        type=int,
-        default=256,
-        help="largest rank with --energy and --budget (default: %(default)s)",
     )
     add("--seed", type=int, default=0, help="of the random projections (default: 0)")
     add_job_options(parser, has_layouts=True)
@@ -49,15 +43,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Run `jlora extract`."""
     check_targets(arguments)
     check_seed(arguments)
-    _checks.check_integer(arguments.max_rank, "--max-rank")
     report = extract_checkpoint(
         arguments.base,
         arguments.tuned,
         arguments.output,
-        rank=arguments.rank,
-        energy=arguments.energy,
-        budget=arguments.budget,
-        max_rank=arguments.max_rank,
+        **read_wish(arguments),
         targets=arguments.targets,
         modules_to_save=arguments.modules_to_save,
         portable=not arguments.keep_ranks,

@@ -6,11 +6,10 @@ import argparse
 
 import jax
 
-from jlora import _checks
 from jlora.checkpoints.init_jobs import initialize_checkpoint
 from jlora.cli.job_options import add_job_options, read_job_options, say_end
 from jlora.cli.targets import check_seed, check_targets
-from jlora.cli.wishes import add_output, add_wish, say_lines
+from jlora.cli.wishes import add_max_rank, add_output, add_wish, read_wish, say_lines
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -27,17 +26,12 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add("checkpoint", metavar="CHECKPOINT", help="model folder, or .safetensors file")
     add("--method", default="pissa", help="initializer (default: %(default)s)")
     add_wish(parser)
+    add_max_rank(parser)
     add_output(parser)
     add(
         "--targets",
         metavar="REGEX",
         help="matrices to adapt (default: all but embeddings, heads and routers)",
-    )
-    add(
-        "--max-rank",
-        type=int,
-        default=256,
-        help="largest rank with --energy and --budget (default: %(default)s)",
     )
     add("--seed", type=int, default=0, help="of random factors (default: 0)")
     add_job_options(parser, has_layouts=True)
@@ -48,15 +42,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Run `jlora init`."""
     check_seed(arguments)
     check_targets(arguments)
-    _checks.check_integer(arguments.max_rank, "--max-rank")
     report = initialize_checkpoint(
         arguments.checkpoint,
         arguments.output,
         method=arguments.method,
-        rank=arguments.rank,
-        energy=arguments.energy,
-        budget=arguments.budget,
-        max_rank=arguments.max_rank,
+        **read_wish(arguments),
         targets=arguments.targets,
         portable=not arguments.keep_ranks,
         **read_job_options(arguments),

@@ -6,7 +6,7 @@ import argparse
 
 from jlora.checkpoints.adapter_jobs import resize_adapter
 from jlora.cli.job_options import add_job_options, read_job_options, say_end
-from jlora.cli.wishes import add_output, add_wish, say_lines
+from jlora.cli.wishes import add_output, add_wish, read_wish, say_lines
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -31,9 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     report = resize_adapter(
         arguments.adapter,
         arguments.output,
-        rank=arguments.rank,
-        energy=arguments.energy,
-        budget=arguments.budget,
+        **read_wish(arguments),
         portable=not arguments.keep_ranks,
         **read_job_options(arguments),
     )

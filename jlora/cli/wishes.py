@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from typing import Any
 
+from jlora import _checks
 from jlora.cli.output import say
 
 
@@ -22,6 +24,25 @@ def add_wish(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--budget", type=int, metavar="P", help="numbers in the factors of all modules"
     )
+
+
+def add_max_rank(parser: argparse.ArgumentParser) -> None:
+    """Add --max-rank, of a command that decomposes whole matrices."""
+    parser.add_argument(
+        "--max-rank",
+        type=int,
+        default=256,
+        help="largest rank with --energy and --budget (default: %(default)s)",
+    )
+
+
+def read_wish(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of a job that these options stand for."""
+    names = ("rank", "energy", "budget")
+    wish = {name: getattr(arguments, name) for name in names}
+    if hasattr(arguments, "max_rank"):
+        wish["max_rank"] = _checks.check_integer(arguments.max_rank, "--max-rank")
+    return wish
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -99,13 +99,14 @@ class MetricsFile:
             kept = _read_lines(self._path, step) if step else []
             self._path.write_text("".join(kept))
 
-    def add(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append the line of a step."""
+    def add(self, rows: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
+        """Append a line for each (step, values)."""
         if self._path is None:
             return
-        plain = {name: _to_number(value) for name, value in values.items()}
         with open(self._path, "a") as file:
-            file.write(json.dumps({"step": step, **plain}) + "\n")
+            for step, values in rows:
+                plain = {name: _to_number(value) for name, value in values.items()}
+                file.write(json.dumps({"step": step, **plain}) + "\n")
 
 
 def _get_score(evaluation: StepEvaluation) -> float:

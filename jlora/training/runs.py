@@ -160,8 +160,10 @@ class Run:
         self._pending, self._num_pending = [], 0
 
         first = len(self._records) - count
-        for step, (loss, metrics) in enumerate(self._records[first:], start=first + 1):
-            self._metrics.add(step, {"loss": loss, **metrics})
+        self._metrics.add(
+            (step, {"loss": loss, **metrics})
+            for step, (loss, metrics) in enumerate(self._records[first:], first + 1)
+        )
         loss, metrics = self._records[-1]
         self.bar.advance(count, f"loss {float(loss):.4g}{self._describe_rate()}")
         if self.callback is not None:
@@ -184,7 +186,7 @@ class Run:
         found = self.monitor.see(self._num_taken, self.state.trainable, adapted)
         if found is None:
             return
-        self._metrics.add(found.step, {"evaluation": found.values})
+        self._metrics.add([(found.step, {"evaluation": found.values})])
         if self.callback is not None:
             self.callback(found.step, dict(found.values))
 
