@@ -278,3 +278,20 @@ def test_by_path_gives_each_part_its_own_optimizer():
     ):
         with pytest.raises((TypeError, ValueError), match=text):
             jlora.fit(mean_square, adapted, by_path(entries), batches, progress=False)
+
+
+def test_a_transformation_of_whole_weights_works_inside_by_path():
+    adapted, batches = make_batches()
+    scaled = optax.chain(jlora.optimizers.scale_by_factor_gram(), optax.sgd(0.1))
+    alone = jlora.fit(mean_square, adapted, scaled, batches, progress=False)
+
+    # A second entry for a plain leaf changes nothing for the weight.
+    beside = jlora.optimizers.by_path({"bias": optax.set_to_zero(), ".*": scaled})
+    result = jlora.fit(
+        mean_square, adapted, beside, batches, also_train="bias", progress=False
+    )
+    assert_same(alone, result, rtol=1e-6)  # two programs, so other fusions
+
+    halves = jlora.optimizers.by_path({"/v$": scaled, "/u$": optax.sgd(0.1)})
+    with pytest.raises(ValueError, match="w: `updates` must hold all trained arrays"):
+        jlora.fit(mean_square, adapted, halves, batches, progress=False)

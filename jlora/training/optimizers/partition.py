@@ -22,9 +22,9 @@ def by_path(
     leaf's own. The first expression that is found in the path decides. It is
     `optax.multi_transform` with these labels.
 
-    Do not put a transformation inside that looks at both factors of a weight at once
-    (`scale_by_factor_gram`, `add_decayed_delta`, `riemannian_sgd`): it would see only
-    the part with its label. Chain it before or after.
+    A transformation that looks at both factors of a weight at once
+    (`scale_by_factor_gram`, `project_out`, `riemannian_sgd`) needs an entry that
+    matches both, or its place in a chain before or after.
 
     Args:
         optimizers: {regular expression on a path: optimiser}; ".*" matches the rest.

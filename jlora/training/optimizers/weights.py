@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 
 from jlora._types import Tree
 from jlora.adaptation.adapted_weight import AdaptedWeight, is_adapted
@@ -32,7 +33,10 @@ def map_weights(
         other: function of the updates of plain leaves. Default: unchanged.
 
     Returns:
-        The tree of new updates.
+        The tree of new updates. Leaves that `optax.masked` hides stay hidden.
+
+    Raises:
+        ValueError: a weight of which `optax.masked` hides some arrays and not all.
 
     Example:
         >>> import dataclasses, jax, jax.numpy as jnp, jlora, optax
@@ -56,11 +60,14 @@ def map_weights(
 
     def map_leaf(path: tuple, update: Any, *nodes: Any) -> Any:
         if is_adapted(update):
-            return fn(format_path(path), update, *nodes)
-        return None if update is None else other(update)
+            return _map_weight(fn, format_path(path), update, nodes)
+        return update if _is_empty(update) else other(update)
 
     return jax.tree_util.tree_map_with_path(
-        map_leaf, updates, *trees, is_leaf=_is_none_or_adapted
+        map_leaf,
+        updates,
+        *trees,
+        is_leaf=lambda node: _is_empty(node) or is_adapted(node),
     )
 
 
@@ -74,5 +81,26 @@ def require(value: Any, name: str, transformation: str) -> Any:
     return value
 
 
-def _is_none_or_adapted(node: Any) -> bool:
-    return node is None or is_adapted(node)
+def _map_weight(
+    fn: Callable[..., AdaptedWeight], path: str, update: AdaptedWeight, nodes: Any
+) -> AdaptedWeight:
+    """Return fn of one weight, or the weight itself where all of it is hidden."""
+    leaves = jax.tree.leaves(update, is_leaf=_is_masked)
+    hidden = [_is_masked(leaf) for leaf in leaves]
+    if all(hidden):
+        return update
+    if any(hidden):
+        raise ValueError(
+            f"{path}: `updates` must hold all trained arrays of a weight, got a mask "
+            "over some of them. Give this transformation both factors: chain it before "
+            "or after `by_path`, or let one entry of it match the whole weight."
+        )
+    return fn(path, update, *nodes)
+
+
+def _is_empty(node: Any) -> bool:
+    return node is None or _is_masked(node)
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
