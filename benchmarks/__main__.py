@@ -19,16 +19,22 @@ from benchmarks.run.contenders import FULL, QUICK
 from benchmarks.run.environment import (
     RESULTS,
     count_threads,
-    describe_environment,
     measure_load,
     name_device_folder,
 )
 from benchmarks.run.harness import measure_group
 from benchmarks.run.limits import measure_limits
-from benchmarks.run.outcomes import get_start_time, make_timed_record
+from benchmarks.run.outcomes import make_timed_record, name_output
 from benchmarks.run.records import append_records, read_newest, read_records
 from benchmarks.suites import SUITES, list_suite
 from benchmarks.suites.package import make_whole_run
+from benchmarks.tasks.command import add_arguments as add_task_arguments
+from benchmarks.tasks.command import (
+    evaluate_task_targets,
+    run_command,
+    update_document,
+    write_task_report,
+)
 
 
 def main(argv=None):
@@ -48,7 +54,7 @@ def run_suites(arguments):
     if arguments.list:
         return _print_groups(names, level, arguments.match)
 
-    path = pathlib.Path(arguments.out) if arguments.out else _name_output(level)
+    path = pathlib.Path(arguments.out) if arguments.out else _name_output(level.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     _warn_if_busy()
 
@@ -70,6 +76,11 @@ def run_suites(arguments):
     return 0
 
 
+def run_tasks(arguments):
+    """Train every way to adapt a model on every task, and write the results."""
+    return run_command(arguments)
+
+
 def write_reports(arguments):
     """Write the tables and plots of one kind of device, and on request the README."""
     from benchmarks.report.readme import make_readme_block, update_readme
@@ -77,9 +88,12 @@ def write_reports(arguments):
 
     folder = RESULTS / (arguments.device or name_device_folder())
     records = _read_device(folder)
-    for path in write_report(records, folder / "report"):
+    for path in write_report(records, folder / "report") + write_task_report(folder):
         print(f"wrote {path}")
 
+    if arguments.docs:
+        for path in update_document(folder):
+            print(f"wrote {path}")
     if arguments.readme:
         update_readme(RESULTS.parent.parent / "README.md", make_readme_block(records))
         print("wrote README.md")
@@ -101,7 +115,8 @@ def print_targets(arguments):
     from benchmarks.report.targets import evaluate_targets
 
     folder = RESULTS / (arguments.device or name_device_folder())
-    for line in evaluate_targets(_read_device(folder)):
+    lines = evaluate_targets(_read_device(folder))
+    for line in [*lines, *evaluate_task_targets(folder)]:
         print(line)
     return 0
 
@@ -118,9 +133,15 @@ def _build_parser():
     run = add_command("run", run_suites, "measure suites")
     _add_run_arguments(run)
 
+    tasks = add_command("tasks", run_tasks, "compare ways to adapt models")
+    add_task_arguments(tasks)
+
     report = add_command("report", write_reports, "write the tables and plots")
     report.add_argument(
         "--readme", action="store_true", help="also write the block in README.md"
+    )
+    report.add_argument(
+        "--docs", action="store_true", help="also write the tasks in docs/choosing.md"
     )
 
     compare = add_command("compare", compare_files, "compare two files of records")
@@ -196,10 +217,7 @@ def _list_matching(name, level, pattern):
 
 
 def _name_output(level):
-    """Return the path of a new file of records: start time, commit, level."""
-    stamp = get_start_time().replace("-", "").replace(":", "").split("+")[0]
-    commit = describe_environment()["commit"][:8]
-    return RESULTS / name_device_folder() / f"{stamp}-{commit}-{level.name}.jsonl"
+    return RESULTS / name_device_folder() / name_output(level)
 
 
 def _read_device(folder):

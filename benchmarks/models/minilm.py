@@ -96,22 +96,33 @@ def embed_sentences(params, token_ids, mask):
         token_ids: Integers [batch, time], with time at most 512.
         mask: [batch, time], 1 for a token and 0 for padding.
     """
-    mask = mask.astype(bool)
+    x = embed_tokens(params["embeddings"], token_ids)
+    return average_tokens(run_layers(params["layers"], x, mask), mask)
 
-    # Embed the tokens. With one sentence at a time, all tokens are of type 0.
-    embeddings = params["embeddings"]
+
+def embed_tokens(embeddings, token_ids):
+    """Return the input [batch, time, 384] of the first layer."""
+    # With one sentence at a time, all tokens are of type 0.
     words = jnp.asarray(embeddings["words"])[token_ids]
     positions = embeddings["positions"][None, : token_ids.shape[-1]]
     types = embeddings["types"][None, :1]
-    x = _normalize(words + positions + types, embeddings["norm"])
+    return _normalize(words + positions + types, embeddings["norm"])
 
-    for layer in params["layers"]:
+
+def run_layers(layers, x, mask):
+    """Return the output [batch, time, 384] of some layers in a row."""
+    mask = mask.astype(bool)
+    for layer in layers:
         attention, mlp = layer["attention"], layer["mlp"]
         x = _normalize(x + _attend(attention, x, mask), attention["norm"])
         x = _normalize(x + _transform(mlp, x), mlp["norm"])
+    return x
 
-    # Average over the tokens. The lower bounds guard a sentence that is only padding.
-    weight = mask[..., None].astype(x.dtype)
+
+def average_tokens(x, mask):
+    """Return unit vectors [batch, 384]: the directions of the means over the tokens."""
+    # The lower bounds guard a sentence that is only padding.
+    weight = mask.astype(bool)[..., None].astype(x.dtype)
     mean = jnp.sum(x * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1e-9)
     length = jnp.linalg.norm(mean, axis=-1, keepdims=True)
     return mean / jnp.maximum(length, 1e-12)

@@ -90,6 +90,12 @@ def get_start_time() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
+def name_output(level: str) -> str:
+    """Return the name of a new file of records: start time, commit, level."""
+    stamp = get_start_time().replace("-", "").replace(":", "").split("+")[0]
+    return f"{stamp}-{describe_environment()['commit'][:8]}-{level}.jsonl"
+
+
 def _compute_floor(group, limit):
     """Return the least time in ms that the limits allow, None if it is unknown."""
     if not limit or (group.flops is None and group.bytes is None):

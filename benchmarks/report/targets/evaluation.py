@@ -20,7 +20,7 @@ def evaluate_targets(records):
     A target without records has a line too, and counts as missed.
     """
     found = {record_key(record): record for record in records if is_measured(record)}
-    return [_format_target(each, each.measure(found)) for each in list_targets()]
+    return [format_target(each, each.measure(found)) for each in list_targets()]
 
 
 def list_targets():
@@ -37,7 +37,8 @@ def list_targets():
     return [target for suite in suites for target in suite.TARGETS]
 
 
-def _format_target(target, value):
+def format_target(target, value):
+    """Return the line of a target for a value, a `Worst` or None."""
     worst = value if isinstance(value, Worst) else Worst(value, 0, 1)
     value = worst.value
 

@@ -1,0 +1,116 @@
+"""Runs the tasks: tune each method, train it with several seeds, measure it."""
+
+import importlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from benchmarks.run.environment import count_others_cores, read_processor_seconds
+from benchmarks.tasks.methods import (
+    FULL,
+    LORA,
+    NONE,
+    V_ONLY,
+    Method,
+    list_methods,
+)
+from benchmarks.tasks.results import make_result
+from benchmarks.tasks.task import Task
+from benchmarks.tasks.training import Trainer
+
+
+class TaskSize(NamedTuple):
+    """How long one task trains."""
+
+    num_steps: int
+    num_pretrain_steps: int | None = None  # None: the model is pretrained already
+
+
+class Level(NamedTuple):
+    """How thorough a run is."""
+
+    name: str
+    num_seeds: int
+    num_rates: int  # of the first grid of learning rates
+    methods: tuple[str, ...] | None  # None: all
+    sizes: dict[str, TaskSize]  # {module: size}
+
+
+QUICK = Level(
+    "quick",
+    1,
+    1,
+    (V_ONLY, LORA, FULL),
+    {
+        "topics": TaskSize(30),
+        "answers": TaskSize(30),
+        "translation": TaskSize(40, 300),
+        "images": TaskSize(100, 300),
+        "recommendation": TaskSize(200, 1500),
+        "language": TaskSize(60, 200),
+    },
+)
+TABLE = Level(
+    "full",
+    3,
+    3,
+    None,
+    {
+        "topics": TaskSize(60),
+        "answers": TaskSize(60),
+        "translation": TaskSize(120, 1000),
+        "images": TaskSize(200, 800),
+        "recommendation": TaskSize(300, 2000),
+        "language": TaskSize(120, 450),
+    },
+)
+
+
+def run_tasks(
+    level: Level, names: list[str], emit: Callable[[dict[str, Any]], None]
+) -> None:
+    """Run tasks and give the result of each method to `emit` as soon as it is there.
+
+    Args:
+        level: `QUICK` or `TABLE`.
+        names: modules of the tasks, from `level.sizes`.
+        emit: receives results of `make_result`.
+    """
+    for name in names:
+        start = time.perf_counter()
+        module = importlib.import_module(f"benchmarks.tasks.{name}")
+        sizes = [each for each in level.sizes[name] if each is not None]
+        task = module.make_task(*sizes)
+        metrics = [task.measure(task.params)]
+        seconds = time.perf_counter() - start
+        emit(make_result(task, NONE, level.name, metrics, seconds))
+
+        for method in list_methods(task.num_columns):
+            if level.methods is None or method.name in level.methods:
+                emit(_run_method(task, method, level))
+
+
+def _run_method(task: Task, method: Method, level: Level) -> dict[str, Any]:
+    """Return the result of one method at its best learning rate."""
+    before, start = read_processor_seconds(), time.perf_counter()
+    trainer = Trainer(task, method)
+    tuned = trainer.tune(level.num_rates, seed=0)
+    others = [trainer.train(tuned.rate, seed) for seed in range(1, level.num_seeds)]
+    runs = [tuned.run, *others]
+
+    # The first run of a method compiles its step, unless a grid came before.
+    times = [run.step_ms for run in (others or runs)]
+    metrics = [task.measure(run.params) for run in runs]
+    seconds = time.perf_counter() - start
+    return make_result(
+        task,
+        method.name,
+        level.name,
+        metrics,
+        seconds,
+        rate=tuned.rate,
+        errors=tuned.errors,
+        step_ms=times,
+        cost=trainer.measure_cost(),
+        others_cores=count_others_cores(before, read_processor_seconds(), seconds),
+    )
