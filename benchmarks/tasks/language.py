@@ -62,7 +62,7 @@ def _list_batches(text: Any) -> list[Any]:
 
 def _pretrain(text: Any, num_steps: int) -> Any:
     rate = optax.warmup_cosine_decay_schedule(
-        0.0, PRETRAIN_RATE, min(50, num_steps), num_steps
+        0.0, PRETRAIN_RATE, min(50, num_steps // 2), num_steps
     )
     return jlora.fit(
         _compute_loss,

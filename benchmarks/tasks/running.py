@@ -87,10 +87,10 @@ def run_tasks(
 
         for method in list_methods(task.num_columns):
             if level.methods is None or method.name in level.methods:
-                emit(_run_method(task, method, level))
+                emit(run_method(task, method, level))
 
 
-def _run_method(task: Task, method: Method, level: Level) -> dict[str, Any]:
+def run_method(task: Task, method: Method, level: Level) -> dict[str, Any]:
     """Return the result of one method at its best learning rate."""
     before, start = read_processor_seconds(), time.perf_counter()
     trainer = Trainer(task, method)

@@ -133,7 +133,7 @@ def _pretrain(
     size: TranslatorSize, examples: Examples, known: np.ndarray, num_steps: int
 ) -> Any:
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, PRETRAIN_RATE, min(100, num_steps), num_steps
+        0.0, PRETRAIN_RATE, min(100, num_steps // 2), num_steps
     )
     result = jlora.fit(
         _compute_loss,

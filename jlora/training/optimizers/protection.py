@@ -30,8 +30,10 @@ def project_out(
     projects the updates of u, so u must be trained and v frozen. "right" protects
     outputs: x @ w changes only outside the span. It projects the updates of v.
 
-    Use it last in a chain, after Adam, whose steps would otherwise leave the projected
-    space again: `optax.chain(optax.adam(1e-3), jlora.optimizers.project_out(bases))`.
+    With Adam use it twice: `optax.chain(project, optax.adam(1e-3), project)`. The last
+    one keeps the steps in the projected space, which Adam leaves. The first one makes
+    Adam see the gradient of that space: if most of the gradient is projected out, steps
+    from the whole gradient need not descend. With `optax.sgd` once is enough.
 
     Args:
         bases: {path: [..., k, p]} or a tree like params; orthonormal columns, k = m for
