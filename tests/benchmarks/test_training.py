@@ -168,7 +168,12 @@ def test_attention_is_the_one_of_jax():
 
 
 @pytest.mark.parametrize(
-    "make_group", [fit_loops.make_fit_group, fit_loops.make_dispatch_group]
+    "make_group",
+    [
+        fit_loops.make_fit_group,
+        fit_loops.make_checkpoint_group,
+        fit_loops.make_dispatch_group,
+    ],
 )
 def test_loops_take_the_same_steps(make_group):
     found = measure(make_group(SMALL, num_steps=25))

@@ -3,7 +3,14 @@
 from benchmarks.report.targets.measures import measure_error, measure_ratio
 from benchmarks.report.targets.target import Target
 from benchmarks.suites.training import list_groups
-from benchmarks.suites.training.fit_loops import BARE, DISPATCHES, FIT, name_dispatch
+from benchmarks.suites.training.fit_loops import (
+    BARE,
+    DISPATCHES,
+    FIT,
+    SAVED_OFTEN,
+    SAVED_ONCE,
+    name_dispatch,
+)
 from benchmarks.suites.training.rank_trials import ONE_BY_ONE, TOGETHER
 from benchmarks.suites.training.step_methods import FULL, PEFT, U_AND_V, V_ONLY
 
@@ -13,6 +20,7 @@ _PROBLEMS = {
 }
 _STEP = _PROBLEMS["training step"]
 _FIT = _PROBLEMS["fit overhead"]
+_SAVED = _PROBLEMS["fit with checkpoints"]
 _DISPATCH = _PROBLEMS["steps per dispatch"]
 _TRIALS = _PROBLEMS["cross-validation"]
 
@@ -76,6 +84,12 @@ TARGETS = (
         "fit over a bare loop of the same step",
         1.03,
         measure_ratio(_FIT, FIT, BARE),
+    ),
+    Target(
+        10,
+        "fit, a checkpoint every 100 steps over one at the end",
+        1.03,
+        measure_ratio(_SAVED, SAVED_OFTEN, SAVED_ONCE),
     ),
     Target(
         10,

@@ -5,10 +5,14 @@ step_programs    a compiled step, and the figures that are read from it
 step_methods     a step of V only, U and V, some columns, everything
 torch_steps      the same step by peft and torch
 rank_trials      all candidates of a cross-validation, together and one by one
-fit_loops        jlora.fit beside a bare loop, and several steps in one dispatch
+fit_loops        jlora.fit beside a bare loop; its checkpoints; steps of one dispatch
 """
 
-from benchmarks.suites.training.fit_loops import make_dispatch_group, make_fit_group
+from benchmarks.suites.training.fit_loops import (
+    make_checkpoint_group,
+    make_dispatch_group,
+    make_fit_group,
+)
 from benchmarks.suites.training.rank_trials import make_trial_group
 from benchmarks.suites.training.step_methods import make_step_group
 from benchmarks.suites.training.transformers import Sizes
@@ -24,12 +28,14 @@ def list_groups(level_name, platform):
         return [
             make_step_group(Sizes(hidden=128, layers=2, tokens=64, rank=16)),
             make_fit_group(_FEW_MS, num_steps=40),
+            make_checkpoint_group(_FEW_MS, num_steps=200),
             make_dispatch_group(_TINY, num_steps=200),
             make_trial_group(size=32, num_steps=50),
         ]
     return [
         make_step_group(Sizes(hidden=512, layers=4, tokens=512, rank=16)),
         make_fit_group(_FEW_MS, num_steps=100),
+        make_checkpoint_group(_FEW_MS, num_steps=500),
         make_dispatch_group(_TINY, num_steps=1000),
         make_trial_group(size=128, num_steps=200),
     ]

@@ -1,7 +1,8 @@
-"""The time that `jlora.fit` adds to its steps, and several steps in one dispatch."""
+"""The time that `jlora.fit` and its checkpoints add to steps; steps in one dispatch."""
 
 import functools
 import itertools
+import tempfile
 from typing import NamedTuple
 
 import jax
@@ -22,11 +23,13 @@ from benchmarks.suites.training.transformers import (
 
 FIT = "jlora fit"
 BARE = "bare loop"
+SAVED_OFTEN, SAVED_ONCE = "jlora fit, saved often", "jlora fit, saved at its end"
 DISPATCHES = (10, 1)  # steps in one dispatch
 _RATE = 1e-4
 # A difference of 3 % needs many short rounds on a machine that does other work.
 _LEAST_RUNS = 21
 _DISPATCH_RUNS = 7  # more than 1, because the first run compiles
+_SAVE_EVERY = 100  # steps, the default of `fit`
 
 
 class Job(NamedTuple):
@@ -72,6 +75,25 @@ def make_dispatch_group(sizes, num_steps):
     return _make_group("steps per dispatch", sizes, num_steps, tuple(contenders))
 
 
+def make_checkpoint_group(sizes, num_steps):
+    """Return the group of `jlora.fit` that saves every 100 steps, or at its end.
+
+    Both open and close a folder, so that the difference is the saving beside steps.
+    """
+    contenders = [
+        Contender(
+            name,
+            functools.partial(_prepare_saved, every=every),
+            "jlora",
+            f"checkpoint_every={every}, no progress bar",
+            requires=("orbax",),
+            least_runs=_LEAST_RUNS,
+        )
+        for name, every in ((SAVED_OFTEN, _SAVE_EVERY), (SAVED_ONCE, num_steps))
+    ]
+    return _make_group("fit with checkpoints", sizes, num_steps, tuple(contenders))
+
+
 def name_dispatch(steps):
     """Return the name of the contender with so many steps in one dispatch."""
     return f"jlora fit, {steps} per dispatch"
@@ -105,6 +127,23 @@ def _prepare_fit(job, **options):
         return jax.block_until_ready((result.losses, result.adapted))
 
     return Prepared(run, lambda result: result[0])
+
+
+def _prepare_saved(job, every):
+    def run():
+        with tempfile.TemporaryDirectory() as folder:
+            result = jlora.fit(
+                job.loss,
+                job.adapted,
+                job.optimizer,
+                job.batches,
+                progress=False,
+                checkpoint=folder,
+                checkpoint_every=every,
+            )
+        return result.losses
+
+    return Prepared(run, lambda losses: losses)
 
 
 def _prepare_bare(job):
