@@ -69,7 +69,7 @@ TABLE = Level(
 def run_tasks(
     level: Level, names: list[str], emit: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Run tasks and give the result of each method to `emit` as soon as it is there.
+    """Run tasks and give the result of each method to `emit` at once.
 
     Args:
         level: `QUICK` or `TABLE`.

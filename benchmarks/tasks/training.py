@@ -101,7 +101,7 @@ def search_grid(
     Args:
         measure: error of a rate.
         guess: rate in the middle of the first grid.
-        num_rates: of the first grid. 1: the guess alone, and the grid does not grow.
+        num_rates: of the first grid. 1: only the guess.
     """
     first = -(num_rates // 2)
     errors = {step: math.nan for step in range(first, first + num_rates)}

@@ -16,6 +16,7 @@ from jlora._types import AnyArray, Array, DTypeLike, Float
 from jlora.adaptation.refused_operations import RefusedArray, add_refusals, refuse
 from jlora.factors import Factors
 from jlora.layouts import view_matrix
+from jlora.quantization.quantized_array import QuantizedArray
 from jlora.quantization.registry import read_array
 from jlora.reconstruction.apply import apply_factors
 
@@ -169,7 +170,9 @@ def linear(x: Float[AnyArray, ...], w: Any) -> Array:
         )
 
     dtype = common_dtype(x.dtype, w.dtype)
-    base = None if w.base is None else read_base(w)
+    base = w.base
+    if base is not None and not isinstance(base, QuantizedArray):
+        base = read_base(w)
     y = apply_factors(x, w.factors, base, scale=w.scale, num_columns=w.num_columns)
     return y.astype(dtype)
 

@@ -125,7 +125,9 @@ def _dispatch(
     datas += [datas[0]] * num_missing
     scales += [scales[0]] * num_missing
 
-    run = compile_donated_chunk if first.donate else compile_chunk
+    # A quantised base cannot take the buffer; the builder deletes it.
+    is_donated = first.donate and first.spec.format is None
+    run = compile_donated_chunk if is_donated else compile_chunk
     return run(tuple(ws), tuple(scales), tuple(keys), tuple(datas), spec=first.spec)
 
 

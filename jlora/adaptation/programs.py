@@ -13,6 +13,8 @@ from jlora._numerics import compute_dtype
 from jlora._types import Array, Float, PRNGKey, Scalar
 from jlora.initializers.base import InitialFactors, Initializer
 from jlora.layouts import matrix_shape, restore_layout, view_matrix
+from jlora.quantization.encodings import Format
+from jlora.quantization.quantized_array import QuantizedArray, quantize
 
 
 class InitSpec(NamedTuple):
@@ -21,12 +23,14 @@ class InitSpec(NamedTuple):
     initializer: Initializer
     rank: int
     layout: str  # of one stored matrix, without batch axes
+    format: Format | None = None  # that the base is stored in; None: plain
 
 
 class InitializedMatrix(NamedTuple):
     """The arrays that a program returns for one matrix."""
 
-    base: Array | None  # as the matrix was stored; None: the weight itself
+    # As the matrix was stored, or quantised; None: the weight itself.
+    base: Array | QuantizedArray | None
     u: Float[Array, "m r"]
     v: Float[Array, "r n"]
     core: Array | None  # [r, r], or [r]: a diagonal
@@ -70,7 +74,9 @@ def initialize_matrix(
     base, factors, core = initializer(
         matrix, spec.rank, scale=scale, key=key, data=data
     )
-    if base is not None:
+    if spec.format is not None:
+        base = quantize(matrix if base is None else base, spec.format)
+    elif base is not None:
         base = restore_layout(base, spec.layout, w.shape)
 
     # If NaN in w reaches the factors, looking at w itself would only cost a pass.
@@ -103,7 +109,7 @@ def has_new_base(
     w = jax.ShapeDtypeStruct((m, n), jax.dtypes.canonicalize_dtype(dtype))
     found = jax.eval_shape(run, w, abstract_key, abstract_data)
     _check_result(found, spec, (m, n))
-    return found.base is not None
+    return found.base is not None or spec.format is not None
 
 
 def _check_result(found: Any, spec: InitSpec, shape: tuple[int, int]) -> None:

@@ -12,6 +12,9 @@ from jlora.adaptation.rank_rules import RankBudget, RankRule
 from jlora.initializers.base import TRAINABLE, Initializer
 from jlora.initializers.lookup import as_initializer
 from jlora.initializers.quantized import QuantizedInitializer
+from jlora.quantization.encodings import Format
+from jlora.quantization.formats import as_format
+from jlora.quantization.quantized_array import RoundTrip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +48,12 @@ class Rule:
             of attention; "iiio": a kernel [height, width, inputs, outputs] of a
             convolution, "oiii" one of torch.
         exclude: regular expression; paths that contain it do not match. None: none.
-        quantize: for an initializer with a quantised base ("loftq", "qpissa"): static,
-            quantize(w) -> the nearest weight that the base can hold, from and to [m,
-            n].
-            None: `quantize_nf4` for these.
+        quantize: static, the format in which the base is stored: one of
+            `jlora.quantization`, or its name, for any initializer. "lora" then is
+            QLoRA, and "pissa" quantises the residual. For "loftq" and "qpissa" it may
+            also be a function quantize(w) -> the nearest weight that the base can hold,
+            from and to [m, n]; their base then is a plain array. None: plain bases;
+            `quantize_nf4` for these two.
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -72,7 +77,7 @@ class Rule:
     num_columns: int | None = None
     layout: str = "io"
     exclude: str | None = None
-    quantize: Callable | None = None
+    quantize: Format | str | Callable | None = None
 
     def __post_init__(self) -> None:
         _compile_pattern(self.pattern, "pattern")
@@ -91,6 +96,11 @@ class Rule:
         """The initializer, typed: `init` after its name or function was looked up."""
         assert isinstance(self.init, Initializer)
         return self.init
+
+    @property
+    def format(self) -> Format | None:
+        """The format in which the base is stored, None for a plain array."""
+        return self.quantize if isinstance(self.quantize, Format) else None
 
     @property
     def has_rank(self) -> bool:
@@ -139,16 +149,18 @@ class Rule:
 
     def _resolve_initializer(self) -> None:
         init = as_initializer(self.init)
+        if isinstance(self.quantize, str):
+            self._set("quantize", as_format(self.quantize, "quantize"))
         if isinstance(init, QuantizedInitializer):
             if self.quantize is None:
                 self._set("quantize", init.quantize)
             _check_quantize(self.quantize)
-            init = dataclasses.replace(init, quantize=self.quantize)
+            quantize = self.quantize
+            if isinstance(quantize, Format):
+                quantize = RoundTrip(quantize)
+            init = dataclasses.replace(init, quantize=quantize)
         elif self.quantize is not None:
-            raise ValueError(
-                "`quantize` must be None for an initializer without a quantised base, "
-                f"got it with init={init.label!r}. Leave it out."
-            )
+            _check_format(self.quantize, init)
         self._set("init", init)
 
         multiple = init.rank_multiple
@@ -201,11 +213,24 @@ def _check_number(value: float | None, name: str) -> None:
 
 
 def _check_quantize(quantize: object) -> None:
-    if not callable(quantize):
+    if not (callable(quantize) or isinstance(quantize, Format)):
         raise TypeError(
-            "`quantize` must be a function of a weight, got "
-            f"{type(quantize).__name__}. Pass for example "
-            "jlora.quantization.quantize_int8."
+            "`quantize` must be a format or a function of a weight, got "
+            f"{type(quantize).__name__}. Pass for example jlora.quantization.int8()."
+        )
+
+
+def _check_format(quantize: object, init: Initializer) -> None:
+    if not isinstance(quantize, Format):
+        raise ValueError(
+            f"`quantize` must be a format with init={init.label!r}, got "
+            f"{type(quantize).__name__}. Pass for example jlora.quantization.nf4(), or "
+            "'loftq' for a function."
+        )
+    if not init.keeps_residual:
+        raise ValueError(
+            f"`quantize` must be None with init={init.label!r}, which keeps no base, "
+            f"got {quantize.label}. Leave it out."
         )
 
 

@@ -155,7 +155,7 @@ def _make_task(
 ) -> WeightTask:
     rule = entry.rule
     layout = complete_layout(rule.layout, len(entry.shape))
-    spec = InitSpec(rule.initializer, entry.rank, layout.replace("b", ""))
+    spec = InitSpec(rule.initializer, entry.rank, layout.replace("b", ""), rule.format)
     found = find_data(entry.path, rule, data, entry.shape)
     if found is not None and rule.initializer.is_data_stored:
         found = view_matrix(found, layout)

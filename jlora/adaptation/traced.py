@@ -11,7 +11,9 @@ from jlora._numerics import compute_dtype
 from jlora.adaptation.adapted_weight import AdaptedWeight
 from jlora.adaptation.programs import initialize_matrix
 from jlora.adaptation.tasks import MatrixRef, WeightTask, make_weight
+from jlora.adaptation.weight_builder import restore_quantized
 from jlora.layouts import invert_permutation
+from jlora.quantization.quantized_array import QuantizedArray
 from jlora.quantization.registry import read_array
 
 
@@ -23,6 +25,8 @@ def adapt_traced(task: WeightTask) -> AdaptedWeight:
     if not task.batch:
         found = initialize_matrix(w, scale, task.key, task.data, task.spec)
         base = task.leaf if found.base is None else found.base
+        if isinstance(base, QuantizedArray) and task.spec.format is not None:
+            base = restore_quantized(task, base)
         return make_weight(task, base, found.u, found.v, found.core)
 
     # Bring the batch axes to the front and flatten them.
@@ -38,6 +42,8 @@ def adapt_traced(task: WeightTask) -> AdaptedWeight:
     found = jax.tree.map(lambda a: a.reshape(*task.batch, *a.shape[1:]), found)
 
     base = task.leaf
-    if found.base is not None:
+    if isinstance(found.base, QuantizedArray):
+        base = restore_quantized(task, found.base)
+    elif found.base is not None:
         base = found.base.transpose(invert_permutation(order))
     return make_weight(task, base, found.u, found.v, found.core)

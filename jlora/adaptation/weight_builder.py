@@ -15,6 +15,7 @@ from jlora.adaptation.adapted_weight import AdaptedWeight
 from jlora.adaptation.lazy_arrays import LazyArray, LazyResidual
 from jlora.adaptation.programs import InitializedMatrix
 from jlora.adaptation.tasks import MatrixRef, WeightTask, make_weight
+from jlora.quantization.quantized_array import QuantizedArray
 from jlora.quantization.registry import is_registered, read_array
 
 
@@ -24,13 +25,17 @@ class WeightBuilder:
     def __init__(self, task: WeightTask) -> None:
         self._task = task
         self._parts: list[Any] = [None] * task.num_matrices  # (u, v, core) of each
-        self._base = task.leaf
+        self._base: Any = task.leaf
         self._kept: np.ndarray | None = None  # a lazy stack while it is decomposed
         # A residual need not be kept: it is read as the weight without its delta.
         self._is_lazy_base = (
-            isinstance(task.leaf, LazyArray) and task.spec.initializer.has_residual_base
+            isinstance(task.leaf, LazyArray)
+            and task.spec.initializer.has_residual_base
+            and task.spec.format is None
         )
-        if task.has_new_base and task.batch and not (task.donate or self._is_lazy_base):
+        self._quantized: list[Any] = [None] * task.num_matrices
+        is_kept = task.donate or self._is_lazy_base or task.spec.format is not None
+        if task.has_new_base and task.batch and not is_kept:
             # The bases of a stack are written one by one, and the leaf is the caller's.
             self._base = _allocate_like(task.leaf)
 
@@ -58,6 +63,9 @@ class WeightBuilder:
         self._parts[ref.index] = (found.u, found.v, found.core)
         if found.base is None or self._is_lazy_base:
             return
+        if isinstance(found.base, QuantizedArray):
+            self._quantized[ref.index] = found.base
+            return
 
         leaf = self._task.leaf
         is_on_host = isinstance(leaf, (np.ndarray, LazyArray))
@@ -76,6 +84,10 @@ class WeightBuilder:
             batch = self._task.batch
             parts = jax.tree.map(lambda *arrays: jnp.stack(arrays), *self._parts)
             parts = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), parts)
+        if self._task.spec.format is not None:
+            self._base = stack_quantized(self._task, self._quantized)
+            if self._task.donate:
+                self._task.leaf.delete()
         weight = make_weight(self._task, self._base, *parts)
         if not (self._is_lazy_base and self._task.has_new_base):
             return weight
@@ -89,6 +101,21 @@ class WeightBuilder:
             offset if axis in self._task.batch_axes else slice(None)
             for axis, offset in enumerate(ref.offsets)
         )
+
+
+def stack_quantized(task: WeightTask, parts: list[QuantizedArray]) -> QuantizedArray:
+    """Return the base of a weight from the bases of its matrices."""
+    base = parts[0]
+    if task.batch:
+        base = jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts)
+        base = jax.tree.map(lambda a: a.reshape(*task.batch, *a.shape[1:]), base)
+    return restore_quantized(task, base)
+
+
+def restore_quantized(task: WeightTask, base: QuantizedArray) -> QuantizedArray:
+    """Return the base of matrices in the layout of the weight."""
+    layout, shape = task.entry.rule.layout, task.entry.shape
+    return dataclasses.replace(base, layout=layout, axes=shape[-len(layout) :])
 
 
 def _allocate_like(leaf: Any) -> Any:

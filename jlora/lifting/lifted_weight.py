@@ -14,7 +14,8 @@ from jaxtyping import ArrayLike
 
 from jlora._numerics import matmul
 from jlora._types import AnyArray, Array, Float
-from jlora.adaptation.adapted_weight import AdaptedWeight, read_base
+from jlora.adaptation.adapted_weight import AdaptedWeight
+from jlora.adaptation.adapted_weight import read_base as read_adapted_base
 from jlora.layouts import (
     complete_layout,
     invert_permutation,
@@ -22,6 +23,8 @@ from jlora.layouts import (
     sort_axes,
     split_shape,
 )
+from jlora.quantization.quantized_array import QuantizedArray
+from jlora.quantization.registry import read_array
 
 
 class LiftedWeight(quax.ArrayValue):
@@ -32,7 +35,8 @@ class LiftedWeight(quax.ArrayValue):
     multiplied into u.
     """
 
-    base: Float[AnyArray, "..."] | None  # in the layout; None: no base
+    # In the layout; a quantised base in a layout of its own. None: no base.
+    base: Float[AnyArray, "..."] | QuantizedArray | None
     u: Float[Array, "..."]  # [*batch, *inputs, rank]
     v: Float[Array, "..."]  # [*batch, rank, *outputs]
     layout: str = equinox.field(static=True)
@@ -68,11 +72,16 @@ def lift_weight(
         frozen, trained = v[..., :-num_columns], v[..., -num_columns:]
         v = jnp.concatenate([jax.lax.stop_gradient(frozen), trained], axis=-1)
 
+    # A quantised base stays quantised as long as only products and transposes meet it.
+    base = weight.base
+    if base is not None and not isinstance(base, QuantizedArray):
+        base = read_adapted_base(weight)
+
     # Split the rows of u and the columns of v into the axes of the weight.
     batch, inputs, outputs = split_shape(weight.shape, weight.layout)
     rank = u.shape[-1]
     return LiftedWeight(
-        base=None if weight.base is None else read_base(weight),
+        base=base,
         u=u.reshape(*batch, *inputs, rank),
         v=v.reshape(*batch, rank, *outputs),
         layout=complete_layout(weight.layout, weight.ndim),
@@ -108,8 +117,15 @@ def materialize(weight: LiftedWeight, operation: str) -> Float[Array, "..."]:
 
     # Restore the layout and add the base.
     delta = jnp.transpose(delta, invert_permutation(sort_axes(weight.layout)))
-    total = delta if weight.base is None else delta + weight.base.astype(delta.dtype)
+    total = delta
+    if weight.base is not None:
+        total = delta + read_base(weight).astype(delta.dtype)
     return total.astype(weight.dtype_seen)
+
+
+def read_base(weight: LiftedWeight) -> Float[AnyArray, "..."]:
+    """Return the base as a plain array; a quantised one is dequantised."""
+    return read_array(weight.base)
 
 
 def to_array(value: LiftedWeight | ArrayLike, operation: str) -> ArrayLike:
@@ -158,5 +174,5 @@ def map_arrays(
     weight: LiftedWeight, fn: Callable[[str, AnyArray], AnyArray]
 ) -> LiftedWeight:
     """Return the weight with fn(name, array) in place of its base, u and v."""
-    base = None if weight.base is None else fn("base", weight.base)
+    base = None if weight.base is None else fn("base", read_base(weight))
     return replace(weight, base=base, u=fn("u", weight.u), v=fn("v", weight.v))

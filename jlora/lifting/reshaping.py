@@ -2,9 +2,11 @@
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 from jlora.layouts import list_axes
 from jlora.lifting.lifted_weight import LiftedWeight, find_shape, replace
+from jlora.quantization.quantized_array import QuantizedArray
 
 
 def reshape_weight(weight: LiftedWeight, shape: Sequence[int]) -> LiftedWeight | None:
@@ -19,11 +21,17 @@ def reshape_weight(weight: LiftedWeight, shape: Sequence[int]) -> LiftedWeight |
     rank = weight.u.shape[-1]
     return replace(
         weight,
-        base=None if weight.base is None else weight.base.reshape(shape),
+        base=_reshape_base(weight.base, shape, layout),
         u=weight.u.reshape(*batch, *inputs, rank),
         v=weight.v.reshape(*batch, rank, *outputs),
         layout=layout,
     )
+
+
+def _reshape_base(base: Any, shape: Sequence[int], layout: str) -> Any:
+    if isinstance(base, QuantizedArray):
+        return base.view(layout, shape)
+    return None if base is None else base.reshape(shape)
 
 
 def _match_layout(

@@ -15,13 +15,14 @@ from jlora.lifting.lifted_weight import (
     LiftedWeight,
     find_shape,
     materialize,
+    read_base,
     replace,
 )
 
 
 @quax.register(lax.neg_p)
 def negate(w: LiftedWeight) -> LiftedWeight:
-    base = None if w.base is None else -w.base
+    base = None if w.base is None else -read_base(w)
     return replace(w, base=base, u=-w.u)
 
 
@@ -93,7 +94,9 @@ def _scale_factor(
     array = getattr(w, factor)
     thin = sorted_numbers.reshape(shape).astype(array.dtype)
 
-    base = None if w.base is None else operate(w.base, numbers.astype(w.base.dtype))
+    base = None
+    if w.base is not None:
+        base = operate(read_base(w), numbers.astype(w.base.dtype))
     return replace(w, base=base, **{factor: operate(array, thin)})
 
 
@@ -121,5 +124,5 @@ def _add(w: LiftedWeight, other: Float[Array, "..."]) -> LiftedWeight | Array:
     shape = find_shape(w)
     if jnp.broadcast_shapes(shape, other.shape) != shape:
         return materialize(w, "`add`") + other
-    base = jnp.zeros((), w.dtype_seen) if w.base is None else w.base
+    base = jnp.zeros((), w.dtype_seen) if w.base is None else read_base(w)
     return replace(w, base=jnp.broadcast_to(base + other.astype(base.dtype), shape))

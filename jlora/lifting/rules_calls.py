@@ -12,8 +12,9 @@ from jaxtyping import ArrayLike
 
 from jlora._types import AnyArray
 from jlora.lifting.lifted_weight import LiftedWeight, materialize, replace, to_array
+from jlora.quantization.quantized_array import QuantizedArray
 
-Arrays = tuple[AnyArray | None, AnyArray, AnyArray]  # base, u, v
+Arrays = tuple[AnyArray | QuantizedArray | None, AnyArray, AnyArray]  # base, u, v
 
 
 @quax.register(remat_p)

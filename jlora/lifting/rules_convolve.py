@@ -9,7 +9,10 @@ from jaxtyping import ArrayLike
 
 from jlora._numerics import common_dtype, compute_dtype, thin_dtype
 from jlora._types import Array
-from jlora.lifting.lifted_weight import LiftedWeight
+from jlora.lifting.lifted_weight import (
+    LiftedWeight,
+    read_base,
+)
 
 
 @quax.register(lax.conv_general_dilated_p)
@@ -44,7 +47,7 @@ def convolve(x: ArrayLike, w: LiftedWeight, **params: Any) -> Array:
     if w.base is None:
         return delta.astype(dtype)
 
-    plain = lax.conv_general_dilated_p.bind(x, w.base, **params)
+    plain = lax.conv_general_dilated_p.bind(x, read_base(w), **params)
     return (plain + delta).astype(dtype)
 
 

@@ -11,7 +11,10 @@ from jaxtyping import ArrayLike
 
 from jlora._numerics import common_dtype, compute_dtype, thin_dtype
 from jlora._types import Array
-from jlora.lifting.lifted_weight import LiftedWeight
+from jlora.lifting.lifted_weight import (
+    LiftedWeight,
+    read_base,
+)
 
 
 def _find_primitive() -> Primitive:
@@ -53,7 +56,7 @@ def multiply_stack(
     if w.base is None:
         return delta.astype(dtype)
 
-    plain = ragged_dot_p.bind(x, w.base, group_sizes, **params | settings)
+    plain = ragged_dot_p.bind(x, read_base(w), group_sizes, **params | settings)
     return (plain + delta).astype(dtype)
 
 

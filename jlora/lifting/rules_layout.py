@@ -17,10 +17,12 @@ from jlora.lifting.lifted_weight import (
     locate_axis,
     map_arrays,
     materialize,
+    read_base,
     replace,
     to_array_if_vector,
 )
 from jlora.lifting.reshaping import reshape_weight
+from jlora.quantization.quantized_array import QuantizedArray
 
 
 @quax.register(lax.convert_element_type_p)
@@ -48,12 +50,18 @@ def transpose(w: LiftedWeight, *, permutation: Sequence[int]) -> LiftedWeight:
     u_order = [*batch, *(num_batch + index for index in inputs), w.u.ndim - 1]
     v_order = [*batch, num_batch, *(num_batch + 1 + index for index in outputs)]
 
+    layout = "".join(w.layout[axis] for axis in permutation)
+    is_in_order = all(order == sorted(order) for order in (batch, inputs, outputs))
+    if isinstance(w.base, QuantizedArray) and is_in_order:
+        base = w.base.view(layout, [w.base.shape[axis] for axis in permutation])
+    else:
+        base = None if w.base is None else jnp.transpose(read_base(w), permutation)
     return replace(
         w,
-        layout="".join(w.layout[axis] for axis in permutation),
+        layout=layout,
         u=jnp.transpose(w.u, u_order),
         v=jnp.transpose(w.v, v_order),
-        base=None if w.base is None else jnp.transpose(w.base, permutation),
+        base=base,
     )
 
 
@@ -186,7 +194,9 @@ def copy(w: LiftedWeight) -> LiftedWeight:
 @quax.register(lax.sharding_constraint_p)
 def shard_base(w: LiftedWeight, **params: Any) -> LiftedWeight:
     # The constraint is about the large array; the compiler places the thin factors.
-    base = None if w.base is None else lax.sharding_constraint_p.bind(w.base, **params)
+    base = None
+    if w.base is not None:
+        base = lax.sharding_constraint_p.bind(read_base(w), **params)
     return replace(w, base=base)
 
 

@@ -14,6 +14,7 @@ from jlora.lifting.lifted_weight import (
     find_shape,
     locate_axis,
     materialize,
+    read_base,
     replace,
     to_array_if_vector,
 )
@@ -32,10 +33,11 @@ def look_up(w: LiftedWeight, indices: ArrayLike, **params: Any) -> LiftedWeight 
 
     # Gather along the axis in the base and in each factor that has it.
     axes = {**locate_axis(w.layout, axis), "base": axis}
+    arrays = {"u": w.u, "v": w.v, "base": None if w.base is None else read_base(w)}
     gathered = {
-        name: _gather(getattr(w, name), axes[name], indices, params, name != "base")
+        name: _gather(arrays[name], axes[name], indices, params, name != "base")
         for name in axes
-        if getattr(w, name) is not None
+        if arrays[name] is not None
     }
     if w.base is None and params["mode"] == _FILL:
         gathered["base"] = _gather_from_zeros(shape, axis, indices, params)

@@ -12,7 +12,13 @@ from jaxtyping import ArrayLike
 from jlora._numerics import common_dtype, compute_dtype, thin_dtype
 from jlora._types import AnyArray, Array, Float
 from jlora.layouts import list_axes
-from jlora.lifting.lifted_weight import LiftedWeight, find_shape
+from jlora.lifting.lifted_weight import (
+    LiftedWeight,
+    find_shape,
+    read_base,
+)
+from jlora.lifting.quantized_bases import multiply_quantized
+from jlora.quantization.quantized_array import QuantizedArray
 
 # Axes of the left operand, and of the right one.
 AxesOfBoth = tuple[Sequence[int], Sequence[int]]
@@ -88,8 +94,16 @@ def _multiply(
     if w.base is None:
         return delta.astype(dtype)
 
+    if isinstance(w.base, QuantizedArray):
+        plain = multiply_quantized(
+            w.base, w.layout, x.astype(operand_dtype), dimension_numbers, is_left
+        )
+        if plain is not None:
+            return (plain + delta.astype(plain.dtype)).astype(dtype)
+
     # Multiply by the base as the plain program does.
-    operands = (w.base, x) if is_left else (x, w.base)
+    base = read_base(w)
+    operands = (base, x) if is_left else (x, base)
     settings["out_sharding"] = params.get("out_sharding")
     plain = _multiply_general(*operands, dimension_numbers, settings)
     return (plain + delta).astype(dtype)

@@ -10,29 +10,8 @@ import jax.numpy as jnp
 from jlora import _checks
 from jlora._numerics import safe_divide, to_compute
 from jlora._types import AnyArray, Array, Float
+from jlora.quantization.levels import NF4_LEVELS
 
-# Quantiles of the normal distribution, seven below zero and eight above: Dettmers et
-# al., 2023, appendix E.
-_NF4_BELOW = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-)
-_NF4_ABOVE = (
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-_NF4_LEVELS = (*_NF4_BELOW, 0.0, *_NF4_ABOVE)
 _INT8_STEPS = 127
 
 
@@ -105,7 +84,7 @@ def quantize_nf4(
     """
     w = _checks.check_matrix(w, "w")
     size = _checks.check_integer(block_size, "block_size")
-    levels = jnp.asarray(_NF4_LEVELS, to_compute(w).dtype)
+    levels = jnp.asarray(NF4_LEVELS, to_compute(w).dtype)
     midpoints = (levels[1:] + levels[:-1]) / 2
     # Fifteen comparisons of all entries at once: four times as fast as bisection on a
     # CPU.

@@ -12,12 +12,14 @@ from jlora import _checks
 from jlora._numerics import common_dtype, matmul_activations, thin_dtype
 from jlora._types import AnyArray, Array, Float, Scalar
 from jlora.factors import Factors
+from jlora.quantization.quantized_array import QuantizedArray
+from jlora.reconstruction.quantized_products import apply_quantized
 
 
 def apply_factors(
     x: Float[AnyArray, "... m"],
     factors: Factors,
-    base: Float[AnyArray, "... m n"] | None = None,
+    base: Float[AnyArray, "... m n"] | QuantizedArray | None = None,
     *,
     scale: Scalar = 1.0,
     num_columns: int | None = None,
@@ -29,7 +31,8 @@ def apply_factors(
     Args:
         x: activations [..., t, m] or [m].
         factors: `Factors` of u [..., m, r], v [..., r, n].
-        base: [..., m, n]. None: no base.
+        base: [..., m, n], or a `QuantizedArray`, which is dequantised in blocks and
+            has no gradient. None: no base.
         scale: number or scalar array, static or traced.
         num_columns: static k: only the last k columns of v are trained; the others are
             constants, to which no gradient is computed. None: all.
@@ -61,7 +64,7 @@ def apply_factors(
     x = _checks.check_array(x, "x")
     u, v = _checks.check_factors(factors)
     scale = _checks.check_scalar(scale, "scale")
-    if base is not None:
+    if base is not None and not isinstance(base, QuantizedArray):
         base = _checks.check_base(base, (*u.shape[:-1], v.shape[-1]))
 
     if x.ndim == 0 or x.shape[-1] != u.shape[-2]:
@@ -80,7 +83,7 @@ def _apply(
     x: Array,
     u: Array,
     v: Array,
-    base: Array | None,
+    base: Array | QuantizedArray | None,
     scale: Scalar,
     num_columns: int | None,
 ) -> Array:
@@ -94,6 +97,8 @@ def _apply(
 
     if base is None:
         return delta.astype(dtype)
+    if isinstance(base, QuantizedArray):
+        return (apply_quantized(x, base).astype(delta.dtype) + delta).astype(dtype)
     return (matmul_activations(x, base.astype(working)) + delta).astype(dtype)
 
 
@@ -112,7 +117,9 @@ def _expand(
     return jnp.concatenate(parts, axis=-1)
 
 
-def choose_dtypes(x: Array, u: Array, v: Array, base: Array | None) -> tuple[Any, Any]:
+def choose_dtypes(
+    x: Array, u: Array, v: Array, base: Array | QuantizedArray | None
+) -> tuple[Any, Any]:
     """Return the dtype that operands are cast to, and the dtype of the result."""
     if base is None:
         return x.dtype, common_dtype(x.dtype, u.dtype, v.dtype)

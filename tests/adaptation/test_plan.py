@@ -117,12 +117,12 @@ def prepare_plan(params=PARAMS, pattern="q", rank=2, **settings):
         (
             prepare_plan(quantize=jlora.quantization.quantize_int8),
             ValueError,
-            "`quantize` must be None for .* base, got it with init='pissa'",
+            "`quantize` must be a format with init='pissa', got function",
         ),
         (
-            prepare_plan(quantize="int8", init="loftq"),
-            TypeError,
-            "`quantize` must be a function of a weight, got str",
+            prepare_plan(quantize="int3", init="loftq"),
+            ValueError,
+            "`quantize` must be one of .*, got 'int3'",
         ),
         (
             lambda: jlora.initializers.loftq(num_rounds=0),
