@@ -4,11 +4,12 @@ The functions return initializers for `jlora.Rule(init=...)`; the name of one, a
 string, is shorthand for calling it without arguments. Your own subclass of
 `Initializer`, or any function like its `__call__`, works in the same place.
 
-    base.py         `Initializer`, `InitialFactors`
-    from_weight.py  lora, pissa, milora, olora, orthogonal, lora_xs, svf
-    from_data.py    corda, eva, lora_ga, difference
-    quantized.py    loftq, qpissa
-    lookup.py       a name, a function or an initializer → an initializer
+    base.py            `Initializer`, `InitialFactors`
+    from_weight.py     lora, pissa, milora, olora, orthogonal, lora_xs, svf
+    from_data.py       corda, eva, lora_ga, difference
+    quantized.py       loftq, qpissa, qera
+    second_moments.py  factors that keep a layer's outputs best on given inputs
+    lookup.py          a name, a function or an initializer → an initializer
 """
 
 from jlora.initializers.base import InitialFactors, Initializer
@@ -22,7 +23,7 @@ from jlora.initializers.from_weight import (
     pissa,
     svf,
 )
-from jlora.initializers.quantized import loftq, qpissa
+from jlora.initializers.quantized import loftq, qera, qpissa
 
 __all__ = [
     "InitialFactors",
@@ -38,6 +39,7 @@ __all__ = [
     "olora",
     "orthogonal",
     "pissa",
+    "qera",
     "qpissa",
     "svf",
 ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from jlora._numerics import matmul, safe_divide, to_compute
-from jlora._types import AnyArray, Array, Float
+from jlora._numerics import matmul, to_compute
+from jlora._types import AnyArray, Array
 from jlora.factorization.svd import randomized_svd
 from jlora.factors import SVD, Factors
 from jlora.initializers.base import (
@@ -14,6 +14,7 @@ from jlora.initializers.base import (
     Initializer,
     split_scaled,
 )
+from jlora.initializers.second_moments import fit_outputs, take_square_root
 
 _STABLE_GAMMA = 16  # of LoRA-GA
 
@@ -108,20 +109,12 @@ class CorDA(Initializer):
 
     def spectrum_matrix(self, w: Array, data: Array | None) -> Array:
         assert data is not None
-        return matmul(*to_compute(_square_root(data), w))
+        return matmul(*to_compute(take_square_root(data), w))
 
     def __call__(self, w, rank, *, scale, key, data=None) -> InitialFactors:
         assert data is not None
         exact = to_compute(w)
-        root = _square_root(data).astype(exact.dtype)
-        z = randomized_svd(matmul(root, exact), rank, key=key).vt.mT
-
-        # u v = (w z) zᵀ, with the norms of w z as singular values to balance the
-        # factors.
-        u = matmul(exact, z)
-        norms = jnp.linalg.norm(u, axis=-2)
-        unit = safe_divide(u, jnp.broadcast_to(norms[..., None, :], u.shape))
-        factors = split_scaled(SVD(unit, norms, z.mT), scale)
+        factors = fit_outputs(exact, data, rank, scale=scale, key=key)
         return InitialFactors.from_residual(w, factors, scale)
 
 
@@ -196,9 +189,3 @@ class Difference(Initializer):
         svd = randomized_svd(self.spectrum_matrix(w, data), rank, key=key)
         svd = SVD(*(part.astype(dtype) for part in svd))
         return InitialFactors(None, split_scaled(svd, scale))
-
-
-def _square_root(moments: Float[Array, "*batch m m"]) -> Float[Array, "*batch m m"]:
-    """Return r with rᵀ r = c, for second moments c that may be singular."""
-    values, vectors = jnp.linalg.eigh(to_compute(moments))
-    return jnp.sqrt(jnp.maximum(values, 0))[..., None] * vectors.mT

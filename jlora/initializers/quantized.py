@@ -17,6 +17,7 @@ from jlora._numerics import to_compute
 from jlora._types import Array, Float, Scalar
 from jlora.factorization.svd import randomized_svd
 from jlora.initializers.base import InitialFactors, Initializer, split_scaled
+from jlora.initializers.second_moments import fit_outputs
 from jlora.quantization.round_trips import quantize_nf4
 from jlora.reconstruction.dense import reconstruct
 
@@ -56,6 +57,28 @@ def qpissa(*, num_rounds: int = 1) -> Initializer:
         'qpissa'
     """
     return QPiSSA(_checks.check_integer(num_rounds, "num_rounds"))
+
+
+def qera() -> Initializer:
+    """Return the initializer that corrects the outputs of the quantised weight best.
+
+    The base is Q(w). `data` holds the second moments c = xᵀx of the inputs,
+    [..., m, m], in any multiple. Of all factors of the rank, these make the error of
+    the layer's outputs, x @ (w − base − u v), the smallest. The weight is not quantised
+    again.
+
+    Cost: an eigendecomposition of c and one `randomized_svd` for each matrix.
+
+    Source: Zhang et al., "QERA: an analytical framework for quantization error
+        reconstruction", 2024, theorem 1. Differs: nothing is inverted, so c may be
+        singular; see `corda`.
+
+    Example:
+        >>> import jlora
+        >>> jlora.Rule("w", 8, init="qera", quantize="nf4").initializer.data_meaning
+        'second moments of the inputs, [..., m, m]'
+    """
+    return QERA()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +121,24 @@ class QPiSSA(QuantizedInitializer):
         del data
         keys = jax.random.split(key, self.num_rounds)
         return _alternate(w, None, rank, scale, keys, self.quantize)
+
+
+class QERA(QuantizedInitializer):
+    """See `qera`."""
+
+    name = "qera"
+    data_meaning = "second moments of the inputs, [..., m, m]"
+
+    def data_shape(self, m: int, n: int) -> tuple[int | None, ...]:
+        return m, m
+
+    def __call__(self, w, rank, *, scale, key, data=None) -> InitialFactors:
+        assert data is not None
+        exact = to_compute(w)
+        base = self.quantize(exact)
+        error = exact - base
+        factors = fit_outputs(error, data, rank, scale=scale, key=key)
+        return InitialFactors(base.astype(w.dtype), factors)
 
 
 def _alternate(

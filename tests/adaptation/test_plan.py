@@ -70,7 +70,7 @@ def test_each_initialisation_declares_its_trainable_arrays(init):
     )
 
     assert (jlora.Rule("q", 2, init=init).quantize is None) == (
-        init not in ("loftq", "qpissa")
+        init not in ("loftq", "qpissa", "qera")
     )
 
 

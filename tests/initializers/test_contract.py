@@ -21,13 +21,14 @@ KEY = jax.random.key(0)
 # The data of one matrix, for each initializer that needs data.
 DATA = {
     "corda": lambda rng: np.cov(rng.standard_normal((M, 40))),
+    "qera": lambda rng: np.cov(rng.standard_normal((M, 40))),
     "eva": lambda rng: rng.standard_normal((20, M)),
     "lora_ga": lambda rng: rng.standard_normal((M, N)),
     "difference": lambda rng: rng.standard_normal((M, N)),
 }
 # The bound on |base + scale * u @ v - w|, relative to w: the error of NF4, or the
 # fine-tuned weight of `difference`. The other initializers keep w unchanged.
-MOVING = {"loftq": 0.15, "qpissa": 0.15, "difference": 2.0}
+MOVING = {"loftq": 0.15, "qpissa": 0.15, "qera": 0.15, "difference": 2.0}
 
 
 def keep_rows(w, rank, *, scale, key, data=None):

@@ -14,7 +14,7 @@ from jlora.initializers.lookup import list_names
 KEY = jax.random.key(0)
 UNMOVED = ("lora", "orthogonal", "lora_xs", "eva", "difference")  # the base is w
 M, N, R = 20, 14, 4  # of nearly every matrix here, so that few programs compile
-QUANTIZED = ("loftq", "qpissa")
+QUANTIZED = ("loftq", "qpissa", "qera")
 KEEPING = [init for init in list_names() if init not in (*QUANTIZED, "difference")]
 WIDE = jax.dtypes.canonicalize_dtype(np.float64)  # float64 in the run that has it
 
@@ -32,6 +32,7 @@ GRADIENT, ACTIVATIONS = draw(2, 3, M, N), draw(3, 3, 30, M)
 INPUTS = draw(4, 3, 10, M)  # fewer rows than M: their second moments are singular
 DATA = {
     "corda": INPUTS.mT @ INPUTS,
+    "qera": INPUTS.mT @ INPUTS,
     "eva": ACTIVATIONS,
     "lora_ga": GRADIENT,
     "difference": FINE_TUNED,
@@ -88,6 +89,11 @@ def find_formula(init, found):
     if init == "loftq":  # two rounds
         base = round_nf4(W - truncate(W - round_nf4(W), R))
         return base, truncate(W - base, R)
+
+    if init == "qera":
+        error = W - round_nf4(W)
+        z = np.linalg.svd(INPUTS @ error)[2][..., :R, :].mT
+        return W - error, error @ z @ z.mT
 
     product = find_formula_of_product(init, found)
     return W - product, product
@@ -238,6 +244,19 @@ def test_corda_leaves_the_least_error_of_the_outputs(num_inputs):
     np.testing.assert_allclose(unit, truncate(w, R), atol=1e-5)
 
 
+def test_qera_leaves_the_least_error_of_the_outputs():
+    w, x = W[0], draw(6, 50, M)
+    moments = to_float32(x.T @ x)
+    errors = {}
+    for init in ("qera", "loftq"):
+        found = adapt(to_float32(w), init, moments if init == "qera" else None)
+        merged = jlora.merge({"w": found})["w"]
+        errors[init] = np.linalg.norm(x @ (w - merged))
+    best = np.linalg.norm(np.linalg.svd(x @ (w - round_nf4(w)))[1][R:])
+    np.testing.assert_allclose(errors["qera"], best, rtol=1e-4)
+    assert errors["qera"] < errors["loftq"]
+
+
 @pytest.mark.parametrize("init", ["eva", "lora_ga"])
 def test_directions_of_data_are_its_singular_vectors_in_order(init):
     found = adapt(to_float32(W), init, to_float32(DATA[init]), scale=-2.0)
@@ -319,6 +338,8 @@ def test_data_of_another_dtype_do_not_change_the_dtype_of_the_factors(
         jnp.dtype(dtype)
     }
     target = W + truncate(FINE_TUNED - W, R) if init == "difference" else W
+    if init in QUANTIZED:
+        target = sum(find_formula(init, found))
     np.testing.assert_allclose(
         to_float64(found.base) + find_product(found), target[0], atol=1e-5
     )
