@@ -6,6 +6,7 @@ reconstruction   factors → matrix, and factors → activations
 adaptation       whole models: first factors and steps of training
 checkpoints      jobs from files to files: extraction, merges, peak memory
 training         a step of training, and the loop around it
+quantization     bases of 4 and 8 bits: formats, layers, whole models
 package          import time and the demonstration
 
 Each package has `list_groups(level_name, platform)`. Records of different commits are
@@ -21,6 +22,7 @@ SUITES = (
     "adaptation",
     "checkpoints",
     "training",
+    "quantization",
     "package",
 )
 

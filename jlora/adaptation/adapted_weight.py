@@ -62,7 +62,7 @@ class AdaptedWeight:
     def __post_init__(self) -> None:
         # A cast of all leaves of a tree casts the base, and changes no static field.
         base = self.base
-        is_array = isinstance(base, (jax.Array, np.ndarray))
+        is_array = isinstance(base, (jax.Array, np.ndarray, QuantizedArray))
         if is_array and _checks.is_floating(base.dtype) and base.dtype != self.dtype:
             object.__setattr__(self, "dtype", np.dtype(base.dtype))
 

@@ -170,6 +170,8 @@ def _make_task(
         has_new_base=False,
         donate=False,
     )
+    if rule.format is not None:
+        _check_format(entry, leaf)
     is_new = has_new_base(spec, task.matrix_shape, leaf.dtype, _describe_data(task))
     if is_new and is_registered(leaf) and not isinstance(leaf, LazyArray):
         raise ValueError(
@@ -180,6 +182,21 @@ def _make_task(
     # Only an array of JAX can be donated, and only if a new base takes its buffer.
     donate = donate and is_new and isinstance(leaf, jax.Array)
     return task._replace(has_new_base=is_new, donate=donate)
+
+
+def _check_format(entry: PlanEntry, leaf: Any) -> None:
+    """Refuse a weight that cannot be stored in the format of its rule."""
+    label = entry.rule.format and entry.rule.format.label
+    if is_registered(leaf) and not isinstance(leaf, LazyArray):
+        raise ValueError(
+            f"{entry.path}: `quantize` must be None for a weight of type "
+            f"{type(leaf).__name__}, got {label}. Leave it out: the weight is the base."
+        )
+    if jnp.dtype(leaf.dtype).itemsize > 4:
+        raise TypeError(
+            f"{entry.path}: `params` must hold float32, bfloat16 or float16 for "
+            f"quantize={label}, got {leaf.dtype}. Cast the weight first."
+        )
 
 
 def _describe_data(task: WeightTask) -> tuple[tuple[int, ...], Any] | None:

@@ -13,6 +13,7 @@ import optax
 
 from jlora._types import Array, Bool, DTypeLike, Int, PRNGKey, Tree
 from jlora.adaptation.weight_trees import join
+from jlora.quantization.quantized_array import QuantizedArray
 
 # loss(params, batch) -> scalar, or loss(params, batch, key); with has_aux
 # -> (scalar, metrics)
@@ -149,13 +150,18 @@ def apply_optimizer(
 
 
 def cast_floating(tree: Tree, dtype: DTypeLike) -> Tree:
-    """Return the tree with its floating arrays in another dtype."""
+    """Return the tree with its floating arrays in another dtype.
+
+    A quantised array keeps its codes and scales, and stands for that dtype.
+    """
 
     def cast(leaf: Any) -> Any:
         is_float = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
         return leaf.astype(dtype) if is_float else leaf
 
-    return jax.tree.map(cast, tree)
+    return jax.tree.map(
+        cast, tree, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray)
+    )
 
 
 def _select(condition: Array, new: Tree, old: Tree) -> Tree:

@@ -121,6 +121,31 @@ def test_a_scan_takes_one_matrix_of_a_stack_at_a_time():
     np.testing.assert_allclose(found, run({"w": merged}, x), rtol=1e-4, atol=1e-5)
 
 
+def test_fit_computes_in_bfloat16_and_keeps_the_scales():
+    adapted = adapt(draw((70, 48)), init="lora")
+    seen = []
+
+    def loss(params, x):
+        seen.append((params["w"].dtype, params["w"].base.scales.offset.dtype))
+        y = x.astype(jnp.bfloat16) @ params["w"]
+        assert y.dtype == jnp.bfloat16
+        return jnp.mean(y.astype(jnp.float32) ** 2)
+
+    result = jlora.fit(
+        loss,
+        adapted,
+        optax.adam(0.01),
+        [draw((4, 70), 1)] * 3,
+        compute_dtype=jnp.bfloat16,
+        progress=False,
+    )
+    assert set(seen) == {(jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))}
+    assert result.adapted["w"].dtype == jnp.float32
+    np.testing.assert_array_equal(
+        result.adapted["w"].base.dequantize(), adapted["w"].base.dequantize()
+    )
+
+
 def test_donation_deletes_the_weight():
     w = draw((70, 48)) + 0
     params = {"w": w}
@@ -133,6 +158,8 @@ def test_a_quantised_leaf_is_taken_as_it_is():
     base = jlora.quantization.quantize(draw((70, 48)), nf4())
     adapted = adapt(base, init="lora", quantize=None)
     assert adapted["w"].base is base
+    with pytest.raises(ValueError, match="w: `quantize` must be None for a weight of"):
+        adapt(base, init="lora")
     np.testing.assert_array_equal(jlora.merge(adapted)["w"], base.dequantize())
     found = jlora.diagnose({"w": base}, {"w": adapted["w"]}, key=KEY)
     assert found.change[0] == 0
@@ -179,7 +206,7 @@ def test_bad_rules(rule, error, text):
 def test_wide_weights_are_refused_by_path():
     with jax.enable_x64(True):
         w = jnp.ones((8, 8), jnp.float64)
-        with pytest.raises(TypeError, match="float64"):
+        with pytest.raises(TypeError, match=r"^w: `params` must hold float32.*float64"):
             adapt(w, init="lora")
 
 

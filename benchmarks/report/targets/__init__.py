@@ -9,6 +9,7 @@ updates          recompression, combination, low-rank terms, rank budgets
 reconstruction   merges, adapted layers, roundings
 adaptation       whole models and training steps
 checkpoints      jobs from files to files: time, error, peak memory
+quantization     bits, and the time and memory of a layer
 training         a step of training: time, flops, memory; the overhead of the loop
 """
 

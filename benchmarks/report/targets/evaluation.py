@@ -6,6 +6,7 @@ from benchmarks.report.targets import (
     checkpoints,
     factorization,
     package,
+    quantization,
     reconstruction,
     training,
     updates,
@@ -33,6 +34,7 @@ def list_targets():
         adaptation,
         checkpoints,
         training,
+        quantization,
     )
     return [target for suite in suites for target in suite.TARGETS]
 
