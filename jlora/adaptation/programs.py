@@ -13,7 +13,7 @@ from jlora._numerics import compute_dtype
 from jlora._types import Array, Float, PRNGKey, Scalar
 from jlora.initializers.base import InitialFactors, Initializer
 from jlora.layouts import matrix_shape, restore_layout, view_matrix
-from jlora.quantization.encodings import Format
+from jlora.quantization.base import Format
 from jlora.quantization.quantized_array import QuantizedArray, quantize
 
 

@@ -12,7 +12,7 @@ from jlora.adaptation.rank_rules import RankBudget, RankRule
 from jlora.initializers.base import TRAINABLE, Initializer
 from jlora.initializers.lookup import as_initializer
 from jlora.initializers.quantized import QuantizedInitializer
-from jlora.quantization.encodings import Format
+from jlora.quantization.base import Format
 from jlora.quantization.formats import as_format
 from jlora.quantization.quantized_array import RoundTrip
 

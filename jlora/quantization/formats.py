@@ -1,11 +1,15 @@
-"""The formats of few bits: `nf4`, `int8`, `int4`, `fp8`."""
+"""The formats of few bits: `nf4`, `int8`, `int4`, `fp8`.
+
+Their encodings are imported on use: a program without quantised bases does not wait for
+them.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from jlora import _checks
-from jlora.quantization.encodings import FP8, NF4, Format, Int4, Int8
+from jlora.quantization.base import Format
 
 
 def nf4(*, block_size: int = 64, double_quant: bool = True) -> Format:
@@ -36,6 +40,8 @@ def nf4(*, block_size: int = 64, double_quant: bool = True) -> Format:
         >>> jlora.quantization.quantize(w, format).dequantize().tolist()
         [[1.0], [-1.0], [0.0]]
     """
+    from jlora.quantization.encodings import NF4
+
     size = _checks.check_integer(block_size, "block_size")
     if not isinstance(double_quant, bool):
         raise TypeError(
@@ -64,6 +70,8 @@ def int8(*, block_size: int | None = None) -> Format:
         >>> jlora.quantization.quantize(w, format).dequantize().tolist()
         [[127.0], [0.0], [-4.0]]
     """
+    from jlora.quantization.encodings import Int8
+
     return Int8(_check_block_size(block_size))
 
 
@@ -87,6 +95,8 @@ def int4(*, block_size: int | None = 128) -> Format:
         >>> jlora.quantization.quantize(w, format).dequantize().tolist()
         [[15.0], [0.0], [8.0]]
     """
+    from jlora.quantization.encodings import Int4
+
     return Int4(_check_block_size(block_size))
 
 
@@ -113,6 +123,8 @@ def fp8(*, block_size: int | None = None) -> Format:
         >>> jlora.quantization.quantize(w, format).dequantize().tolist()
         [[96.0], [1.0], [1.0]]
     """
+    from jlora.quantization.encodings import FP8
+
     return FP8(_check_block_size(block_size))
 
 

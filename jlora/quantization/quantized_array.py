@@ -15,10 +15,9 @@ import numpy as np
 from jlora import _checks
 from jlora._types import AnyArray, Array, DTypeLike, Float
 from jlora.layouts import complete_layout, restore_layout, view_matrix
-from jlora.quantization.encodings import Encoded, Format
+from jlora.quantization.base import Encoded, Format
 from jlora.quantization.formats import as_format
 from jlora.quantization.registry import register
-from jlora.quantization.scales import read_scales
 
 
 @functools.partial(
@@ -93,6 +92,8 @@ class QuantizedArray:
         Args:
             dtype: of the result. None: the dtype that it stands for.
         """
+        from jlora.quantization.scales import read_scales  # on use, as the formats
+
         encoded = Encoded(self.codes, read_scales(self.scales), self.zeros)
         rows = self.format.decode(encoded, self.num_inputs)
         rows = rows.astype(jax.dtypes.canonicalize_dtype(dtype or self.dtype))

@@ -12,9 +12,8 @@ import numpy as np
 
 from jlora._numerics import common_dtype, matmul_activations
 from jlora._types import AnyArray, Array, Float
-from jlora.quantization.encodings import Encoded
+from jlora.quantization.base import Encoded
 from jlora.quantization.quantized_array import QuantizedArray
-from jlora.quantization.scales import read_scales
 
 # Outputs whose weights are dequantised at a time: enough for an efficient product.
 _BLOCK_ROWS = 256
@@ -103,6 +102,8 @@ def _make_zeros(base: QuantizedArray) -> QuantizedArray:
 
 def _map_batch(multiply: Callable[..., Array], x: Array, base: QuantizedArray) -> Array:
     """Return the products of activations with each matrix of a stack."""
+    from jlora.quantization.scales import read_scales  # on use, as the formats
+
     encoded = Encoded(base.codes, read_scales(base.scales), base.zeros)
     run = functools.partial(_run_rows, multiply, base=base)
     for _ in base.codes.shape[:-2]:
