@@ -251,7 +251,7 @@ def test_qera_leaves_the_least_error_of_the_outputs():
     for init in ("qera", "loftq"):
         found = adapt(to_float32(w), init, moments if init == "qera" else None)
         merged = jlora.merge({"w": found})["w"]
-        errors[init] = np.linalg.norm(x @ (w - merged))
+        errors[init] = np.linalg.norm(x @ (w - to_float64(merged)))
     best = np.linalg.norm(np.linalg.svd(x @ (w - round_nf4(w)))[1][R:])
     np.testing.assert_allclose(errors["qera"], best, rtol=1e-4)
     assert errors["qera"] < errors["loftq"]
