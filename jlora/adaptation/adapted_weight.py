@@ -170,9 +170,7 @@ def linear(x: Float[AnyArray, ...], w: Any) -> Array:
         )
 
     dtype = common_dtype(x.dtype, w.dtype)
-    base = w.base
-    if base is not None and not isinstance(base, QuantizedArray):
-        base = read_base(w)
+    base = read_product_base(w)
     y = apply_factors(x, w.factors, base, scale=w.scale, num_columns=w.num_columns)
     return y.astype(dtype)
 
@@ -199,6 +197,13 @@ def read_base(weight: AdaptedWeight, dtype: DTypeLike | None = None) -> Any:
         (4, 3)
     """
     return read_array(weight.base, dtype)
+
+
+def read_product_base(weight: AdaptedWeight) -> Any:
+    """Return the base for products: as `read_base`, but a quantised one unread."""
+    if weight.base is None or isinstance(weight.base, QuantizedArray):
+        return weight.base
+    return read_base(weight)
 
 
 class MatrixView(NamedTuple):

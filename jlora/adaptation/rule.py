@@ -50,10 +50,10 @@ class Rule:
         exclude: regular expression; paths that contain it do not match. None: none.
         quantize: static, the format in which the base is stored: one of
             `jlora.quantization`, or its name, for any initializer. "lora" then is
-            QLoRA, and "pissa" quantises the residual. For "loftq" and "qpissa" it may
-            also be a function quantize(w) -> the nearest weight that the base can hold,
-            from and to [m, n]; their base then is a plain array. None: plain bases;
-            `quantize_nf4` for these two.
+            QLoRA, and "pissa" quantises the residual. For "loftq", "qpissa" and "qera"
+            it may also be a function quantize(w) -> the nearest weight that the base
+            can hold, from and to [m, n]; their base then is a plain array. None: plain
+            bases; `quantize_nf4` for these three.
 
     Raises:
         TypeError: an argument of the wrong kind.

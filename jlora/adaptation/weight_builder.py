@@ -24,7 +24,8 @@ class WeightBuilder:
 
     def __init__(self, task: WeightTask) -> None:
         self._task = task
-        self._parts: list[Any] = [None] * task.num_matrices  # (u, v, core) of each
+        # Of each matrix: u, v, core, quantised base.
+        self._parts: list[Any] = [None] * task.num_matrices
         self._base: Any = task.leaf
         self._kept: np.ndarray | None = None  # a lazy stack while it is decomposed
         # A residual need not be kept: it is read as the weight without its delta.
@@ -33,7 +34,6 @@ class WeightBuilder:
             and task.spec.initializer.has_residual_base
             and task.spec.format is None
         )
-        self._quantized: list[Any] = [None] * task.num_matrices
         is_kept = task.donate or self._is_lazy_base or task.spec.format is not None
         if task.has_new_base and task.batch and not is_kept:
             # The bases of a stack are written one by one, and the leaf is the caller's.
@@ -60,11 +60,9 @@ class WeightBuilder:
 
     def put_matrix(self, ref: MatrixRef, found: InitializedMatrix) -> None:
         """Keep the arrays of one matrix, and write its base into the stack."""
-        self._parts[ref.index] = (found.u, found.v, found.core)
-        if found.base is None or self._is_lazy_base:
-            return
-        if isinstance(found.base, QuantizedArray):
-            self._quantized[ref.index] = found.base
+        quantized = found.base if isinstance(found.base, QuantizedArray) else None
+        self._parts[ref.index] = (found.u, found.v, found.core, quantized)
+        if found.base is None or quantized is not None or self._is_lazy_base:
             return
 
         leaf = self._task.leaf
@@ -84,11 +82,12 @@ class WeightBuilder:
             batch = self._task.batch
             parts = jax.tree.map(lambda *arrays: jnp.stack(arrays), *self._parts)
             parts = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), parts)
-        if self._task.spec.format is not None:
-            self._base = stack_quantized(self._task, self._quantized)
+        *factors, quantized = parts
+        if quantized is not None:
+            self._base = restore_quantized(self._task, quantized)
             if self._task.donate:
                 self._task.leaf.delete()
-        weight = make_weight(self._task, self._base, *parts)
+        weight = make_weight(self._task, self._base, *factors)
         if not (self._is_lazy_base and self._task.has_new_base):
             return weight
         rule = self._task.entry.rule
@@ -101,15 +100,6 @@ class WeightBuilder:
             offset if axis in self._task.batch_axes else slice(None)
             for axis, offset in enumerate(ref.offsets)
         )
-
-
-def stack_quantized(task: WeightTask, parts: list[QuantizedArray]) -> QuantizedArray:
-    """Return the base of a weight from the bases of its matrices."""
-    base = parts[0]
-    if task.batch:
-        base = jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts)
-        base = jax.tree.map(lambda a: a.reshape(*task.batch, *a.shape[1:]), base)
-    return restore_quantized(task, base)
 
 
 def restore_quantized(task: WeightTask, base: QuantizedArray) -> QuantizedArray:

@@ -14,8 +14,7 @@ from jaxtyping import ArrayLike
 
 from jlora._numerics import matmul
 from jlora._types import AnyArray, Array, Float
-from jlora.adaptation.adapted_weight import AdaptedWeight
-from jlora.adaptation.adapted_weight import read_base as read_adapted_base
+from jlora.adaptation.adapted_weight import AdaptedWeight, read_product_base
 from jlora.layouts import (
     complete_layout,
     invert_permutation,
@@ -73,9 +72,7 @@ def lift_weight(
         v = jnp.concatenate([jax.lax.stop_gradient(frozen), trained], axis=-1)
 
     # A quantised base stays quantised as long as only products and transposes meet it.
-    base = weight.base
-    if base is not None and not isinstance(base, QuantizedArray):
-        base = read_adapted_base(weight)
+    base = read_product_base(weight)
 
     # Split the rows of u and the columns of v into the axes of the weight.
     batch, inputs, outputs = split_shape(weight.shape, weight.layout)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Shaped
 
-from jlora._types import Array
+from jlora._types import Array, Float
 
 
 def split_blocks(
-    rows: Shaped[Array, "*batch n m"], size: int
-) -> Shaped[Array, "*batch n k size"]:
+    rows: Shaped[Array, "*rows m"], size: int
+) -> Shaped[Array, "*rows k size"]:
     """Return the inputs in blocks of a size; zeros fill the last one."""
     *front, num_inputs = rows.shape
     missing = -num_inputs % size
@@ -20,9 +20,19 @@ def split_blocks(
     return jnp.pad(rows, padding).reshape(shape)
 
 
+def scale_blocks(
+    blocks: Float[Array, "*blocks size"],
+) -> tuple[Float[Array, "*blocks size"], Float[Array, "*blocks"]]:
+    """Return (blocks scaled to ±1, the largest entry of each)."""
+    largest = jnp.max(jnp.abs(blocks), axis=-1)
+    # bitsandbytes multiplies by the inverse too, which decides codes at a bound.
+    inverse = jnp.where(largest > 0, 1 / jnp.where(largest > 0, largest, 1), 0)
+    return blocks * inverse[..., None], largest
+
+
 def join_blocks(
-    blocks: Shaped[Array, "*batch n k size"], num_inputs: int
-) -> Shaped[Array, "*batch n m"]:
+    blocks: Shaped[Array, "*rows k size"], num_inputs: int
+) -> Shaped[Array, "*rows m"]:
     """Return the rows of the blocks, without the inputs that fill the last one."""
     *front, num_blocks, size = blocks.shape
     return blocks.reshape(*front, num_blocks * size)[..., :num_inputs]

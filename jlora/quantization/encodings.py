@@ -18,6 +18,7 @@ from jlora.quantization.base import Encoded, Format
 from jlora.quantization.blocks import (
     join_blocks,
     pack_halves,
+    scale_blocks,
     split_blocks,
     unpack_halves,
 )
@@ -147,11 +148,7 @@ class FP8(Format):
 
 
 def _scale_blocks(rows: Float[Array, "*batch n m"], size: int) -> Blocks:
-    blocks = split_blocks(rows, size)
-    largest = jnp.max(jnp.abs(blocks), axis=-1)
-    # bitsandbytes multiplies by the inverse too, which decides codes at a bound.
-    inverse = jnp.where(largest > 0, 1 / jnp.where(largest > 0, largest, 1), 0)
-    parts = blocks * inverse[..., None]
+    parts, largest = scale_blocks(split_blocks(rows, size))
     return Blocks(parts, jnp.where(jnp.isfinite(largest), largest, jnp.nan))
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._types import Array, Float
+from jlora.quantization.blocks import join_blocks, scale_blocks, split_blocks
 from jlora.quantization.levels import list_dynamic_levels, list_dynamic_midpoints
 
 _NESTED_SIZE = 256  # scales that share one scale of their own
@@ -40,17 +41,10 @@ def nest_scales(scales: Float[Array, "*batch n k"]) -> NestedScales:
     offset = jnp.mean(scales, axis=(-2, -1))
     centred = (scales - offset[..., None, None]).reshape(*batch, n * k)
 
-    # Scale each block by its largest entry.
-    missing = -(n * k) % _NESTED_SIZE
-    padded = jnp.pad(centred, [(0, 0)] * len(batch) + [(0, missing)])
-    blocks = padded.reshape(*batch, (n * k + missing) // _NESTED_SIZE, _NESTED_SIZE)
-    largest = jnp.max(jnp.abs(blocks), axis=-1)
-    inverse = jnp.where(largest > 0, 1 / jnp.where(largest > 0, largest, 1), 0)
-    parts = blocks * inverse[..., None]
-
+    parts, largest = scale_blocks(split_blocks(centred, _NESTED_SIZE))
     bounds = jnp.asarray(list_dynamic_midpoints())
     codes = jnp.searchsorted(bounds, parts).astype(jnp.uint8)
-    codes = codes.reshape(*batch, n * k + missing)[..., : n * k]
+    codes = join_blocks(codes, n * k)
     return NestedScales(codes.reshape(*batch, n, k), largest, offset)
 
 
