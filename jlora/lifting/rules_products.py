@@ -18,7 +18,6 @@ from jlora.lifting.lifted_weight import (
     read_base,
 )
 from jlora.lifting.quantized_bases import multiply_quantized
-from jlora.quantization.quantized_array import QuantizedArray
 
 # Axes of the left operand, and of the right one.
 AxesOfBoth = tuple[Sequence[int], Sequence[int]]
@@ -86,6 +85,10 @@ def _multiply(
         "preferred_element_type": compute_dtype(operand_dtype, dtype),
     }
 
+    fused = multiply_quantized(w, x.astype(operand_dtype), dimension_numbers, is_left)
+    if fused is not None:
+        return fused.astype(dtype)
+
     # Multiply by the factors.
     labels = _label_axes(find_shape(w), x.shape, dimension_numbers, is_left=is_left)
     delta = _multiply_factors(
@@ -93,13 +96,6 @@ def _multiply(
     )
     if w.base is None:
         return delta.astype(dtype)
-
-    if isinstance(w.base, QuantizedArray):
-        plain = multiply_quantized(
-            w.base, w.layout, x.astype(operand_dtype), dimension_numbers, is_left
-        )
-        if plain is not None:
-            return (plain + delta.astype(plain.dtype)).astype(dtype)
 
     # Multiply by the base as the plain program does.
     base = read_base(w)

@@ -29,9 +29,15 @@ class Format:
     block_size: int | None = None  # inputs that share a scale; None: all of an output
 
     name: ClassVar[str] = ""
+    codes_per_byte: ClassVar[int] = 1  # neighbouring inputs whose codes share a byte
 
-    def encode(self, rows: Float[Array, "*batch n m"]) -> Encoded:
-        """Return the codes of float32 rows."""
+    def encode(self, w: Float[Array, ...], axis: int) -> Encoded:
+        """Return the codes of float32 weights.
+
+        Args:
+            w: [*batch, n, m] or, as a kernel of JAX, [*batch, m, n].
+            axis: static, of the inputs m: -1 or -2. The codes have the inputs last.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define encode.")
 
     def decode(self, encoded: Encoded, num_inputs: int) -> Float[Array, "*batch n m"]:

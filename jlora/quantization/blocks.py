@@ -2,47 +2,70 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Shaped
 
 from jlora._types import Array, Float
 
 
-def split_blocks(
-    rows: Shaped[Array, "*rows m"], size: int
-) -> Shaped[Array, "*rows k size"]:
-    """Return the inputs in blocks of a size; zeros fill the last one."""
-    *front, num_inputs = rows.shape
-    missing = -num_inputs % size
-    padding = [(0, 0)] * len(front) + [(0, missing)]
-    # No -1, which is undefined for an empty batch.
-    shape = *front, (num_inputs + missing) // size, size
-    return jnp.pad(rows, padding).reshape(shape)
+def split_blocks(w: Shaped[Array, ...], size: int, axis: int) -> Shaped[Array, ...]:
+    """Return an array whose axis is split into (blocks, size); zeros fill the last one.
 
-
-def scale_blocks(
-    blocks: Float[Array, "*blocks size"],
-) -> tuple[Float[Array, "*blocks size"], Float[Array, "*blocks"]]:
-    """Return (blocks scaled to ±1, the largest entry of each)."""
-    largest = jnp.max(jnp.abs(blocks), axis=-1)
-    # bitsandbytes multiplies by the inverse too, which decides codes at a bound.
-    inverse = jnp.where(largest > 0, 1 / jnp.where(largest > 0, largest, 1), 0)
-    return blocks * inverse[..., None], largest
+    Args:
+        w: [..., m, n] or [..., n, m].
+        size: inputs in a block.
+        axis: static, of the inputs, -1 or -2. It is the axis within a block afterwards.
+    """
+    num_missing = -w.shape[axis] % size
+    if num_missing:
+        padding = [(0, 0)] * w.ndim
+        padding[axis] = (0, num_missing)
+        w = jnp.pad(w, padding)
+    # No -1 in the shape, which is undefined for an empty batch.
+    shape = list(w.shape)
+    shape[axis : axis + 1 or None] = [w.shape[axis] // size, size]
+    return w.reshape(shape)
 
 
 def join_blocks(
-    blocks: Shaped[Array, "*rows k size"], num_inputs: int
-) -> Shaped[Array, "*rows m"]:
-    """Return the rows of the blocks, without the inputs that fill the last one."""
-    *front, num_blocks, size = blocks.shape
-    return blocks.reshape(*front, num_blocks * size)[..., :num_inputs]
+    blocks: Shaped[Array, ...], num_inputs: int, axis: int
+) -> Shaped[Array, ...]:
+    """Return the array of the blocks, without the inputs that fill the last one."""
+    shape = list(blocks.shape)
+    joined = shape[axis - 1] * shape[axis]
+    shape[axis - 1 : axis + 1 or None] = [joined]
+    return jax.lax.slice_in_dim(blocks.reshape(shape), 0, num_inputs, axis=axis)
 
 
-def pack_halves(codes: Array) -> Array:
-    """Return bytes [..., ⌈m / 2⌉] of codes [..., m] below 16, the even ones above."""
-    if codes.shape[-1] % 2:
-        codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 1)])
-    return (codes[..., 0::2] << 4) | codes[..., 1::2]
+def scale_blocks(
+    blocks: Float[Array, ...], axis: int
+) -> tuple[Float[Array, ...], Float[Array, ...]]:
+    """Return (blocks scaled to ±1, the largest entry of each)."""
+    largest = jnp.max(jnp.abs(blocks), axis=axis, keepdims=True)
+    # bitsandbytes multiplies by the inverse too, which decides codes at a bound.
+    inverse = jnp.where(largest > 0, 1 / jnp.where(largest > 0, largest, 1), 0)
+    return blocks * inverse, jnp.squeeze(largest, axis)
+
+
+def to_rows(array: Shaped[Array, ...], axis: int) -> Shaped[Array, "*batch n m"]:
+    """Return an array whose inputs are along an axis, -1 or -2, with these last."""
+    return array.mT if axis == -2 else array
+
+
+def pack_halves(codes: Array, axis: int) -> Array:
+    """Return bytes of codes below 16: pairs along an axis, the even ones above."""
+    size = codes.shape[axis]
+    if size % 2:
+        padding = [(0, 0)] * codes.ndim
+        padding[axis] = (0, 1)
+        codes = jnp.pad(codes, padding)
+    slice_axis = functools.partial(
+        jax.lax.slice_in_dim, codes, stride=2, axis=axis, limit_index=None
+    )
+    return (slice_axis(start_index=0) << 4) | slice_axis(start_index=1)
 
 
 def unpack_halves(packed: Array) -> Array:

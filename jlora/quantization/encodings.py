@@ -20,6 +20,7 @@ from jlora.quantization.blocks import (
     pack_halves,
     scale_blocks,
     split_blocks,
+    to_rows,
     unpack_halves,
 )
 from jlora.quantization.levels import (
@@ -37,7 +38,7 @@ _FP8_EXPONENT = 8  # the largest number, 448, is below 2 to the power of 9
 class Blocks(NamedTuple):
     """Blocks of inputs, each scaled to ±1 by its largest entry."""
 
-    parts: Float[Array, "*batch n k size"]
+    parts: Float[Array, ...]
     largest: Float[Array, "*batch n k"]  # NaN where the block is not finite
 
 
@@ -49,15 +50,17 @@ class NF4(Format):
     double_quant: bool = True
 
     name = "nf4"
+    codes_per_byte = 2
 
-    def encode(self, rows: Float[Array, "*batch n m"]) -> Encoded:
-        num_inputs = rows.shape[-1]
-        parts, largest = _scale_blocks(rows, self.find_block_size(num_inputs))
+    def encode(self, w: Float[Array, ...], axis: int) -> Encoded:
+        num_inputs = w.shape[axis]
+        parts, largest = _scale_blocks(w, self.find_block_size(num_inputs), axis)
         # Fifteen comparisons of all entries at once: four times as fast as bisection on
         # a CPU.
         bounds = jnp.asarray(list_nf4_midpoints())
         codes = jnp.searchsorted(bounds, parts, method="compare_all")
-        packed = pack_halves(join_blocks(codes.astype(jnp.uint8), num_inputs))
+        codes = join_blocks(codes.astype(jnp.uint8), num_inputs, axis)
+        packed = to_rows(pack_halves(codes, axis), axis)
         return Encoded(packed, nest_scales(largest) if self.double_quant else largest)
 
     def decode(self, encoded: Encoded, num_inputs: int) -> Float[Array, "*batch n m"]:
@@ -72,11 +75,11 @@ class Int8(Format):
 
     name = "int8"
 
-    def encode(self, rows: Float[Array, "*batch n m"]) -> Encoded:
-        num_inputs = rows.shape[-1]
-        parts, largest = _scale_blocks(rows, self.find_block_size(num_inputs))
+    def encode(self, w: Float[Array, ...], axis: int) -> Encoded:
+        num_inputs = w.shape[axis]
+        parts, largest = _scale_blocks(w, self.find_block_size(num_inputs), axis)
         codes = jnp.round(parts * _INT8_STEPS).astype(jnp.int8)
-        return Encoded(join_blocks(codes, num_inputs), largest)
+        return Encoded(to_rows(join_blocks(codes, num_inputs, axis), axis), largest)
 
     def decode(self, encoded: Encoded, num_inputs: int) -> Float[Array, "*batch n m"]:
         del num_inputs
@@ -92,33 +95,39 @@ class Int4(Format):
     block_size: int | None = 128
 
     name = "int4"
+    codes_per_byte = 2
 
-    def encode(self, rows: Float[Array, "*batch n m"]) -> Encoded:
-        num_inputs = rows.shape[-1]
-        blocks = split_blocks(rows, self.find_block_size(num_inputs))
-        low = jnp.minimum(jnp.min(blocks, axis=-1), 0)
-        high = jnp.maximum(jnp.max(blocks, axis=-1), 0)
+    def encode(self, w: Float[Array, ...], axis: int) -> Encoded:
+        num_inputs = w.shape[axis]
+        blocks = split_blocks(w, self.find_block_size(num_inputs), axis)
+        low = jnp.minimum(jnp.min(blocks, axis, keepdims=True), 0)
+        high = jnp.maximum(jnp.max(blocks, axis, keepdims=True), 0)
 
         # Rounded down: then the codes reach from 0 to 15, and a second round trip gives
         # the same scale.
         steps = _truncate_to_bfloat16((high - low) / _INT4_STEPS)
         safe = jnp.where(steps > 0, steps, 1)
         zeros = -_round_half_up(low / safe)
-        codes = _round_half_up(blocks / safe[..., None]) + zeros[..., None]
+        codes = _round_half_up(blocks / safe) + zeros
         codes = jnp.clip(codes, 0, _INT4_STEPS).astype(jnp.uint8)
 
         is_finite = jnp.isfinite(high - low)
         scales = jnp.where(is_finite, steps, jnp.nan).astype(jnp.bfloat16)
-        packed = pack_halves(join_blocks(codes, num_inputs))
-        return Encoded(packed, scales, zeros.astype(jnp.uint8))
+        packed = pack_halves(join_blocks(codes, num_inputs, axis), axis)
+        scales, zeros = (
+            to_rows(jnp.squeeze(part, axis), axis)
+            for part in (scales, zeros.astype(jnp.uint8))
+        )
+        return Encoded(to_rows(packed, axis), scales, zeros)
 
     def decode(self, encoded: Encoded, num_inputs: int) -> Float[Array, "*batch n m"]:
         assert encoded.zeros is not None
         codes = unpack_halves(encoded.codes)[..., :num_inputs].astype(jnp.float32)
         size = self.find_block_size(num_inputs)
-        blocks = split_blocks(codes, size)
+        blocks = split_blocks(codes, size, -1)
         blocks = blocks - encoded.zeros.astype(jnp.float32)[..., None]
-        return _multiply_blocks(join_blocks(blocks, num_inputs), encoded.scales, self)
+        rows = join_blocks(blocks, num_inputs, -1)
+        return _multiply_blocks(rows, encoded.scales, self)
 
 
 class FP8(Format):
@@ -126,18 +135,19 @@ class FP8(Format):
 
     name = "fp8"
 
-    def encode(self, rows: Float[Array, "*batch n m"]) -> Encoded:
-        num_inputs = rows.shape[-1]
-        blocks = split_blocks(rows, self.find_block_size(num_inputs))
-        largest = jnp.max(jnp.abs(blocks), axis=-1)
+    def encode(self, w: Float[Array, ...], axis: int) -> Encoded:
+        num_inputs = w.shape[axis]
+        blocks = split_blocks(w, self.find_block_size(num_inputs), axis)
+        largest = jnp.max(jnp.abs(blocks), axis, keepdims=True)
 
         # largest is between half of 2 to the exponent and all of it.
         _, exponent = jnp.frexp(largest)
         scales = jnp.ldexp(jnp.ones_like(largest), exponent - _FP8_EXPONENT)
         scales = jnp.where(jnp.isfinite(largest), scales, jnp.nan)
-        parts = blocks / jnp.where(scales > 0, scales, 1)[..., None]
-        numbers = join_blocks(parts.astype(jnp.float8_e4m3fn), num_inputs)
-        return Encoded(jax.lax.bitcast_convert_type(numbers, jnp.uint8), scales)
+        parts = blocks / jnp.where(scales > 0, scales, 1)
+        numbers = join_blocks(parts.astype(jnp.float8_e4m3fn), num_inputs, axis)
+        codes = jax.lax.bitcast_convert_type(numbers, jnp.uint8)
+        return Encoded(to_rows(codes, axis), to_rows(jnp.squeeze(scales, axis), axis))
 
     def decode(self, encoded: Encoded, num_inputs: int) -> Float[Array, "*batch n m"]:
         del num_inputs
@@ -147,9 +157,10 @@ class FP8(Format):
         return _multiply_blocks(parts, encoded.scales, self)
 
 
-def _scale_blocks(rows: Float[Array, "*batch n m"], size: int) -> Blocks:
-    parts, largest = scale_blocks(split_blocks(rows, size))
-    return Blocks(parts, jnp.where(jnp.isfinite(largest), largest, jnp.nan))
+def _scale_blocks(w: Float[Array, ...], size: int, axis: int) -> Blocks:
+    parts, largest = scale_blocks(split_blocks(w, size, axis), axis)
+    largest = jnp.where(jnp.isfinite(largest), largest, jnp.nan)
+    return Blocks(parts, to_rows(largest, axis))
 
 
 def _multiply_blocks(
@@ -158,9 +169,9 @@ def _multiply_blocks(
     format: Format,
 ) -> Float[Array, "*batch n m"]:
     num_inputs = rows.shape[-1]
-    blocks = split_blocks(rows, format.find_block_size(num_inputs))
+    blocks = split_blocks(rows, format.find_block_size(num_inputs), -1)
     scaled = blocks * scales.astype(jnp.float32)[..., None]
-    return join_blocks(scaled, num_inputs)
+    return join_blocks(scaled, num_inputs, -1)
 
 
 def _truncate_to_bfloat16(values: Array) -> Array:

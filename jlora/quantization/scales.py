@@ -41,10 +41,10 @@ def nest_scales(scales: Float[Array, "*batch n k"]) -> NestedScales:
     offset = jnp.mean(scales, axis=(-2, -1))
     centred = (scales - offset[..., None, None]).reshape(*batch, n * k)
 
-    parts, largest = scale_blocks(split_blocks(centred, _NESTED_SIZE))
+    parts, largest = scale_blocks(split_blocks(centred, _NESTED_SIZE, -1), -1)
     bounds = jnp.asarray(list_dynamic_midpoints())
     codes = jnp.searchsorted(bounds, parts).astype(jnp.uint8)
-    codes = join_blocks(codes, n * k)
+    codes = join_blocks(codes, n * k, -1)
     return NestedScales(codes.reshape(*batch, n, k), largest, offset)
 
 

@@ -89,6 +89,9 @@ def _apply(
 ) -> Array:
     working, dtype = choose_dtypes(x, u, v, base)
     x = x.astype(working)
+    if isinstance(base, QuantizedArray):
+        factors = Factors(u * jnp.asarray(scale, u.dtype), v)
+        return _apply_quantized(x, factors, base, num_columns)
     thin = matmul_activations(x, u.astype(working))
     # Scale the thin product: on the t×n side it would cost a pass, and one more
     # backward.
@@ -97,9 +100,18 @@ def _apply(
 
     if base is None:
         return delta.astype(dtype)
-    if isinstance(base, QuantizedArray):
-        return (apply_quantized(x, base).astype(delta.dtype) + delta).astype(dtype)
     return (matmul_activations(x, base.astype(working)) + delta).astype(dtype)
+
+
+def _apply_quantized(
+    x: Array, factors: Factors, base: QuantizedArray, num_columns: int | None
+) -> Array:
+    """Return the sum, in one pass over the base unless the factors are more than it."""
+    if factors.u.ndim == base.codes.ndim:
+        return apply_quantized(x, base, factors, num_columns=num_columns)
+    plain = apply_quantized(x, base)
+    delta = apply_factors(x, factors, num_columns=num_columns)
+    return plain + delta.astype(plain.dtype)
 
 
 def _expand(

@@ -1,37 +1,48 @@
-"""Products with a quantised base, of which only a few rows are floats at any time."""
+"""Products with a quantised base that never make a float copy of it."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._numerics import common_dtype, matmul_activations
+from jlora._numerics import common_dtype, matmul_activations, thin_dtype
 from jlora._types import AnyArray, Array, Float
+from jlora.factors import Factors
 from jlora.quantization.base import Encoded
 from jlora.quantization.quantized_array import QuantizedArray
-
-# Outputs whose weights are dequantised at a time: enough for an efficient product.
-_BLOCK_ROWS = 256
+from jlora.reconstruction.quantized_blocks import (
+    Thin,
+    multiply_blocks,
+    multiply_transposed_blocks,
+)
 
 
 def apply_quantized(
-    x: Float[AnyArray, "... m"], base: QuantizedArray, *, is_transposed: bool = False
+    x: Float[AnyArray, "... m"],
+    base: QuantizedArray,
+    factors: Factors | None = None,
+    *,
+    num_columns: int | None = None,
+    is_transposed: bool = False,
 ) -> Float[Array, "... n"]:
-    """Return x @ base, dequantising the weights of some outputs at a time.
+    """Return x @ base + (x @ u) @ v without a float copy of the base.
 
-    No float copy of the base is made, neither here nor for the gradient, which
-    dequantises the weights again. `apply_factors`, `linear` and `lift` call it.
+    The weights of some outputs are dequantised at a time, and again for the gradient.
+    `apply_factors`, `linear` and `lift` call it.
 
     Args:
         x: activations [..., t, m]; batch axes as the base has them, or none for a base
             without.
         base: `QuantizedArray` of matrices [..., m, n], in any layout.
-        is_transposed: static. True: multiply x [..., t, n] by the transposed matrices.
+        factors: u [..., m, r], v [..., r, n] with the batch axes of the base, the scale
+            multiplied into one of them. None: only x @ base.
+        num_columns: static k: only the last k columns of v are trained. None: all.
+        is_transposed: static. True: multiply x [..., t, n] by the transposed matrices;
+            u then is [..., n, r], and v [..., r, m].
 
     Returns:
         [..., t, n], or transposed [..., t, m], in the common dtype of x and the base.
@@ -42,9 +53,9 @@ def apply_quantized(
 
     Cost: 2 t m n flops, and about 3 operations for each weight. Backward the same.
 
-    Accuracy: as x @ base.dequantize() in that dtype.
+    Accuracy: as x @ base.dequantize() + (x @ u) @ v in that dtype, rounded once.
 
-    Gradients: to x. The base is a constant: its gradient is zero.
+    Gradients: to x, u and v. The base is a constant: its gradient is zero.
 
     Example:
         >>> import jax.numpy as jnp, jlora
@@ -53,40 +64,101 @@ def apply_quantized(
         [[1.0, 1.0]]
     """
     x = jnp.asarray(x)
-    size, batch = base.num_inputs, base.codes.shape[:-2]
-    if is_transposed:
-        size = base.num_outputs
+    sizes, batch = (base.num_inputs, base.num_outputs), base.codes.shape[:-2]
+    num_summed, num_kept = sizes[::-1] if is_transposed else sizes
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"`x` must be a floating array, got {x.dtype}. Cast it.")
-    if x.shape[-1:] != (size,) or (batch and x.shape[:-2] != batch):
-        expected = ", ".join(map(str, (*batch, "t", size)))
+    if x.shape[-1:] != (num_summed,) or (batch and x.shape[:-2] != batch):
+        expected = ", ".join(map(str, (*batch, "t", num_summed)))
         raise ValueError(
             f"`x` must have shape [{expected}] (batch axes and inputs of the base), "
             f"got {x.shape}. Check the orientation of the weight."
         )
+    if factors is not None:
+        _check_factors(factors, (*batch, num_summed, num_kept))
+
     dtype = common_dtype(x.dtype, base.dtype)
-    return _apply(x.astype(dtype), base, is_transposed)
+    if factors is not None:
+        u, v = factors
+        factors = Factors(u.astype(dtype), v.astype(thin_dtype(dtype)))
+    if num_columns == num_kept:
+        num_columns = None
+    return _apply(x.astype(dtype), base, factors, num_columns, is_transposed)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _apply(x: Array, base: QuantizedArray, is_transposed: bool) -> Array:
-    multiply = _multiply_transposed if is_transposed else _multiply
-    return _map_batch(multiply, x, base)
+def _check_factors(factors: Factors, shape: tuple[int, ...]) -> None:
+    *batch, m, n = shape
+    (*u_batch, rows, rank), (*v_batch, v_rank, columns) = (p.shape for p in factors)
+    if (u_batch, v_batch, rows, columns, v_rank) != (batch, batch, m, n, rank):
+        expected = [", ".join(map(str, (*batch, *end))) for end in ((m, "r"), ("r", n))]
+        raise ValueError(
+            f"`factors` must have shapes [{expected[0]}] and [{expected[1]}], as the "
+            f"base, got {factors.u.shape} and {factors.v.shape}. Check the orientation "
+            "of the weight."
+        )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _apply(
+    x: Array,
+    base: QuantizedArray,
+    factors: Factors | None,
+    num_columns: int | None,
+    is_transposed: bool,
+) -> Array:
+    thin = None if factors is None else _multiply_thin(x, factors.u)
+    return _sum_products(x, base, thin, factors and factors.v, is_transposed)
 
 
 def _apply_forward(
-    x: Array, base: QuantizedArray, is_transposed: bool
-) -> tuple[Array, QuantizedArray]:
-    return _apply(x, base, is_transposed), base
+    x: Array,
+    base: QuantizedArray,
+    factors: Factors | None,
+    num_columns: int | None,
+    is_transposed: bool,
+) -> tuple[Array, tuple]:
+    thin = None if factors is None else _multiply_thin(x, factors.u)
+    y = _sum_products(x, base, thin, factors and factors.v, is_transposed)
+    return y, (x, base, factors, thin)
 
 
 def _apply_backward(
-    is_transposed: bool, base: QuantizedArray, gradient: Array
-) -> tuple[Array, QuantizedArray]:
-    return _apply(gradient, base, not is_transposed), _make_zeros(base)
+    num_columns: int | None, is_transposed: bool, saved: tuple, gradient: Array
+) -> tuple[Array, QuantizedArray, Factors | None]:
+    x, base, factors, thin = saved
+    if factors is None:
+        dx = _sum_products(gradient, base, None, None, not is_transposed)
+        return dx, _make_zeros(base), None
+
+    u, v = factors
+    d_thin = matmul_activations(gradient, v.mT.astype(gradient.dtype)).astype(v.dtype)
+    dx = _sum_products(gradient, base, d_thin, u.mT, not is_transposed)
+    du = _multiply_rows(x, d_thin, base).astype(u.dtype)
+
+    # No gradient of the frozen columns is computed.
+    num_frozen = 0 if num_columns is None else v.shape[-1] - num_columns
+    dv = _multiply_rows(thin, gradient[..., num_frozen:], base).astype(v.dtype)
+    if num_frozen:
+        padding = [(0, 0)] * (dv.ndim - 1) + [(num_frozen, 0)]
+        dv = jnp.pad(dv, padding)
+    return dx, _make_zeros(base), Factors(du, dv)
 
 
 _apply.defvjp(_apply_forward, _apply_backward)
+
+
+def _multiply_thin(x: Array, u: Array) -> Array:
+    """Return x @ u in the dtype in which v multiplies it."""
+    return matmul_activations(x, u).astype(thin_dtype(x.dtype))
+
+
+def _multiply_rows(x: Array, g: Array, base: QuantizedArray) -> Array:
+    """Return xᵀ @ g, summed over all axes but the batch axes of the base."""
+    batch = base.codes.shape[:-2]
+    dtype = common_dtype(x.dtype, g.dtype)
+    flat = (part.reshape(*batch, -1, part.shape[-1]).astype(dtype) for part in (x, g))
+    left, right = flat
+    return matmul_activations(left.mT, right)
 
 
 def _make_zeros(base: QuantizedArray) -> QuantizedArray:
@@ -100,77 +172,30 @@ def _make_zeros(base: QuantizedArray) -> QuantizedArray:
     return jax.tree.map(zeros, base)
 
 
-def _map_batch(multiply: Callable[..., Array], x: Array, base: QuantizedArray) -> Array:
-    """Return the products of activations with each matrix of a stack."""
+def _sum_products(
+    x: Array,
+    base: QuantizedArray,
+    p: Array | None,
+    q: Array | None,
+    is_transposed: bool,
+) -> Array:
+    """Return x @ base + p @ q, or with the transposed base, for each matrix."""
     from jlora.quantization.scales import read_scales  # on use, as the formats
 
     encoded = Encoded(base.codes, read_scales(base.scales), base.zeros)
-    run = functools.partial(_run_rows, multiply, base=base)
+    multiply = multiply_transposed_blocks if is_transposed else multiply_blocks
+
+    def run_matrix(
+        x: Array, encoded: Encoded, p: Array | None, q: Array | None
+    ) -> Array:
+        flat = x.reshape(-1, x.shape[-1])
+        thin = None
+        if p is not None and q is not None:
+            thin = Thin(p.reshape(-1, p.shape[-1]).astype(q.dtype), q)
+        y = multiply(flat, encoded, base, thin)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    run = run_matrix
     for _ in base.codes.shape[:-2]:
         run = jax.vmap(run)
-    return run(x, encoded)
-
-
-def _run_rows(
-    multiply: Callable[..., Array], x: Array, encoded: Encoded, base: QuantizedArray
-) -> Array:
-    """Return the product of all activations with one matrix."""
-    flat = x.reshape(-1, x.shape[-1])
-    product = multiply(flat, encoded, base)
-    return product.reshape(*x.shape[:-1], product.shape[-1])
-
-
-def _multiply(x: Array, encoded: Encoded, base: QuantizedArray) -> Array:
-    """Return x @ rowsᵀ, [t, n], block by block of rows."""
-    num_rows = encoded.codes.shape[-2]
-
-    def multiply_block(start: Any, size: int) -> Array:
-        rows = _decode_rows(encoded, base, start, size, x.dtype)
-        return matmul_activations(x, rows.T).astype(x.dtype)
-
-    def write(index: Array, y: Array) -> Array:
-        start = index * _BLOCK_ROWS
-        block = multiply_block(start, _BLOCK_ROWS)
-        return jax.lax.dynamic_update_slice(y, block, (0, start))
-
-    if num_rows <= _BLOCK_ROWS:
-        return multiply_block(0, num_rows)
-    num_blocks, num_left = divmod(num_rows, _BLOCK_ROWS)
-    y = jnp.zeros((len(x), num_rows), x.dtype)
-    y = jax.lax.fori_loop(0, num_blocks, write, y)
-    if not num_left:
-        return y
-    start = num_blocks * _BLOCK_ROWS
-    return y.at[:, start:].set(multiply_block(start, num_left))
-
-
-def _multiply_transposed(g: Array, encoded: Encoded, base: QuantizedArray) -> Array:
-    """Return g @ rows, [t, m], summed block by block of rows in at least float32."""
-    num_rows = encoded.codes.shape[-2]
-    working = jnp.promote_types(g.dtype, jnp.float32)
-
-    def multiply_block(start: Any, size: int) -> Array:
-        rows = _decode_rows(encoded, base, start, size, g.dtype)
-        part = jax.lax.dynamic_slice_in_dim(g, start, size, axis=1)
-        return matmul_activations(part, rows).astype(working)
-
-    def add(index: Array, total: Array) -> Array:
-        return total + multiply_block(index * _BLOCK_ROWS, _BLOCK_ROWS)
-
-    num_blocks, num_left = divmod(num_rows, _BLOCK_ROWS)
-    total = jnp.zeros((len(g), base.num_inputs), working)
-    if num_blocks:
-        total = jax.lax.fori_loop(0, num_blocks, add, total)
-    if num_left:
-        total = total + multiply_block(num_blocks * _BLOCK_ROWS, num_left)
-    return total.astype(g.dtype)
-
-
-def _decode_rows(
-    encoded: Encoded, base: QuantizedArray, start: Any, size: int, dtype: Any
-) -> Float[Array, "size m"]:
-    """Return the weights of some outputs."""
-    part = jax.tree.map(
-        lambda array: jax.lax.dynamic_slice_in_dim(array, start, size, axis=0), encoded
-    )
-    return base.format.decode(part, base.num_inputs).astype(dtype)
+    return run(x, encoded, p, q)

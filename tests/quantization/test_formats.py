@@ -128,7 +128,7 @@ def test_other_dtypes_come_back_in_their_own(format, dtype):
 
 def test_halves_are_packed_with_the_even_code_above():
     codes = jnp.arange(7, dtype=jnp.uint8)[None]
-    packed = pack_halves(codes)
+    packed = pack_halves(codes, -1)
     assert packed.tolist() == [[0x01, 0x23, 0x45, 0x60]]
     assert unpack_halves(packed)[0, :7].tolist() == codes[0].tolist()
     # As facts about bitsandbytes say: [-1, 1, 0, 0] is 0x0f 0x77.

@@ -11,7 +11,15 @@ import jlora
 from jlora.quantization import fp8, int4, int8, nf4, quantize
 from jlora.reconstruction import apply_quantized
 
-FORMATS = [nf4(), int8(), int8(block_size=32), int4(), fp8()]
+FORMATS = [
+    nf4(),
+    nf4(block_size=7),  # blocks of an odd size: two of them end with a byte
+    int8(),
+    int8(block_size=32),
+    int8(block_size=1024),  # several products for one scale
+    int4(block_size=24),
+    fp8(),
+]
 
 
 def draw(shape, seed=0):
@@ -19,20 +27,49 @@ def draw(shape, seed=0):
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.label)
-@pytest.mark.parametrize("shape", [(130, 700), (64, 256), (33, 20), (512, 513)])
+@pytest.mark.parametrize("shape", [(130, 1100), (1301, 64), (33, 20), (2050, 513)])
 def test_products_and_gradients_are_of_the_dequantised_base(format, shape):
     m, n = shape
     base = quantize(draw(shape), format)
     exact = base.dequantize()
     x, g = draw((6, m), 1), draw((6, n), 2)
     y, pull = jax.vjp(lambda x: apply_quantized(x, base), x)
-    # Sums of up to 700 products of float32, in another order.
+    # Sums of up to 2050 products of float32, in another order.
     np.testing.assert_allclose(y, x @ exact, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(pull(g)[0], g @ exact.T, rtol=1e-5, atol=1e-4)
 
     z, pull = jax.vjp(lambda g: apply_quantized(g, base, is_transposed=True), g)
     np.testing.assert_allclose(z, g @ exact.T, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(pull(x)[0], x @ exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("num_columns", [None, 5])
+def test_factors_are_added_in_the_same_pass(is_transposed, num_columns):
+    base = quantize(draw((3, 130, 1100)), nf4())
+    exact = base.dequantize()
+    exact = exact.mT if is_transposed else exact
+    _, m, n = exact.shape
+    x, g = draw((3, 6, m), 1), draw((3, 6, n), 2)
+    u, v = draw((3, m, 4), 3), draw((3, 4, n), 4)
+
+    def run(x, u, v):
+        settings = {"num_columns": num_columns, "is_transposed": is_transposed}
+        return apply_quantized(x, base, jlora.Factors(u, v), **settings)
+
+    def run_plain(x, u, v):
+        if num_columns is not None:
+            fixed = jax.lax.stop_gradient(v[..., :-num_columns])
+            v = jnp.concatenate([fixed, v[..., -num_columns:]], axis=-1)
+        return x @ exact + (x @ u) @ v
+
+    y, pull = jax.vjp(run, x, u, v)
+    expected, pull_plain = jax.vjp(run_plain, x, u, v)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=2e-4)
+    for found, plain in zip(pull(g), pull_plain(g), strict=True):
+        # The sums are of up to 1100 products.
+        error = jnp.linalg.norm(found - plain) / jnp.linalg.norm(plain)
+        assert error < 1e-5
 
 
 def test_stacks_jit_and_vmap():
@@ -95,6 +132,13 @@ def test_apply_factors_takes_a_quantised_base():
     expected = jax.grad(run)(factors, base.dequantize())
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_factors_of_another_shape_are_refused():
+    base = quantize(draw((64, 20)), int8())
+    factors = jlora.Factors(draw((20, 2)), draw((2, 64)))
+    with pytest.raises(ValueError, match=r"shapes \[64, r\] and \[r, 20\]"):
+        apply_quantized(draw((3, 64)), base, factors)
 
 
 @pytest.mark.wrong_types
