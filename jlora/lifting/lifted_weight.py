@@ -168,8 +168,21 @@ def locate_axis(layout: str, axis: int) -> dict[str, int]:
 
 
 def map_arrays(
-    weight: LiftedWeight, fn: Callable[[str, AnyArray], AnyArray]
+    weight: LiftedWeight,
+    fn: Callable[[str, AnyArray], AnyArray],
+    map_quantized: Callable[[QuantizedArray], QuantizedArray | None],
 ) -> LiftedWeight:
-    """Return the weight with fn(name, array) in place of its base, u and v."""
-    base = None if weight.base is None else fn("base", read_base(weight))
+    """Return the weight with fn(name, array) in place of its base, u and v.
+
+    Args:
+        weight: the weight.
+        fn: function of "base", "u" or "v", and of that array.
+        map_quantized: the same for a quantised base. If it returns None, the base is
+            dequantised for `fn`.
+    """
+    base = None
+    if isinstance(weight.base, QuantizedArray):
+        base = map_quantized(weight.base)
+    if base is None and weight.base is not None:
+        base = fn("base", read_base(weight))
     return replace(weight, base=base, u=fn("u", weight.u), v=fn("v", weight.v))

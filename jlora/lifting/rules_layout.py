@@ -21,6 +21,7 @@ from jlora.lifting.lifted_weight import (
     replace,
     to_array_if_vector,
 )
+from jlora.lifting.quantized_axes import map_base_axis, squeeze_base
 from jlora.lifting.reshaping import reshape_weight
 from jlora.quantization.quantized_array import QuantizedArray
 
@@ -96,7 +97,11 @@ def squeeze(w: LiftedWeight, *, dimensions: Sequence[int]) -> LiftedWeight | Arr
         for name, factor_axis in locate_axis(w.layout, axis).items():
             dropped[name].append(factor_axis)
 
-    squeezed = map_arrays(w, lambda name, array: lax.squeeze(array, dropped[name]))
+    squeezed = map_arrays(
+        w,
+        lambda name, array: lax.squeeze(array, dropped[name]),
+        lambda base: squeeze_base(base, w.layout, axes),
+    )
     layout = "".join(letter for axis, letter in enumerate(w.layout) if axis not in axes)
     return to_array_if_vector(replace(squeezed, layout=layout))
 
@@ -177,7 +182,10 @@ def reverse(w: LiftedWeight, *, dimensions: Sequence[int]) -> LiftedWeight:
 
 @quax.register(lax.stop_gradient_p)
 def stop_gradient(w: LiftedWeight) -> LiftedWeight:
-    return map_arrays(w, lambda name, array: lax.stop_gradient(array))
+    # A quantised base has no gradient.
+    return map_arrays(
+        w, lambda name, array: lax.stop_gradient(array), lambda base: base
+    )
 
 
 @quax.register(lax.optimization_barrier_p)
@@ -227,4 +235,6 @@ def _map_axis(
     def map_array(name: str, array: AnyArray) -> AnyArray:
         return fn(array, axes[name]) if name in axes else array
 
-    return map_arrays(w, map_array)
+    return map_arrays(
+        w, map_array, lambda base: map_base_axis(base, w.layout, axis, fn)
+    )

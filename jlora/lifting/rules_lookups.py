@@ -18,8 +18,10 @@ from jlora.lifting.lifted_weight import (
     replace,
     to_array_if_vector,
 )
+from jlora.lifting.quantized_axes import look_up_base
 from jlora.lifting.reshaping import reshape_weight
 from jlora.lifting.rules_layout import transpose
+from jlora.quantization.quantized_array import QuantizedArray
 
 _FILL = lax.GatherScatterMode.FILL_OR_DROP
 
@@ -32,15 +34,16 @@ def look_up(w: LiftedWeight, indices: ArrayLike, **params: Any) -> LiftedWeight 
         return LiftedWeight.default(lax.gather_p, (w, indices), params)
 
     # Gather along the axis in the base and in each factor that has it.
-    axes = {**locate_axis(w.layout, axis), "base": axis}
-    arrays = {"u": w.u, "v": w.v, "base": None if w.base is None else read_base(w)}
-    gathered = {
-        name: _gather(arrays[name], axes[name], indices, params, name != "base")
-        for name in axes
-        if arrays[name] is not None
+    axes = locate_axis(w.layout, axis)
+    arrays = {"u": w.u, "v": w.v}
+    gathered: dict[str, Any] = {
+        name: _gather(arrays[name], axes[name], indices, params, is_factor=True)
+        for name in arrays
+        if name in axes
     }
-    if w.base is None and params["mode"] == _FILL:
-        gathered["base"] = _gather_from_zeros(shape, axis, indices, params)
+    base = _gather_from_base(w, axis, indices, params)
+    if base is not None:
+        gathered["base"] = base
 
     # The axes of the indices take the place of the axis, and come first.
     num_new = indices.ndim - 1
@@ -113,6 +116,25 @@ def _gather(
     return lax.gather_p.bind(array, indices, **params | changed)
 
 
+def _gather_from_base(
+    w: LiftedWeight, axis: int, indices: Integer[Array, "..."], params: dict[str, Any]
+) -> Float[Array, "..."] | QuantizedArray | None:
+    """Return the lookup in the base, None if there is no base and nothing to fill."""
+    if w.base is None:
+        if params["mode"] != _FILL:
+            return None
+        return _gather_from_zeros(find_shape(w), axis, indices, params)
+    if isinstance(w.base, QuantizedArray):
+        fill_value = None
+        if params["mode"] == _FILL:
+            given = params["fill_value"]
+            fill_value = jnp.nan if given is None else given
+        found = look_up_base(w.base, w.layout, axis, indices[..., 0], fill_value)
+        if found is not None:
+            return found
+    return _gather(read_base(w), axis, indices, params, is_factor=False)
+
+
 def _gather_from_zeros(
     shape: Sequence[int],
     axis: int,
@@ -131,8 +153,8 @@ def _gather_from_zeros(
 
 
 def _move_new_axes(
-    layout: str, axis: int, num_new: int, gathered: dict[str, Float[Array, "..."]]
-) -> dict[str, Float[Array, "..."]]:
+    layout: str, axis: int, num_new: int, gathered: dict[str, Any]
+) -> dict[str, Any]:
     """Return the arrays with their first axes, the new ones, moved to their kind."""
     # u is [*batch, *inputs, rank], and v is [*batch, rank, *outputs].
     letter, num_batch = layout[axis], layout.count("b")
@@ -144,6 +166,9 @@ def _move_new_axes(
 
     moved = {}
     for name, array in gathered.items():
+        if isinstance(array, QuantizedArray):  # its new axes are in place
+            moved[name] = array
+            continue
         first = first_axes[name]
         destination = range(first, first + num_new)
         moved[name] = jnp.moveaxis(array, range(num_new), destination)

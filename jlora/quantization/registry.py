@@ -14,6 +14,8 @@ from jlora._types import Array, DTypeLike
 def register(array_type: type, dequantize: Callable[[Any], Array]) -> None:
     """Let arrays of another type be the bases of adapted weights.
 
+    qwix's `QArray` is known already, also within the `WithAux` of a Linen model.
+
     Afterwards such an array may stand as a leaf of the tree that `make_plan` and
     `adapt` get, with an initializer that leaves the base unchanged ("lora", "eva",
     ...). The base stays the same object. `linear`, `lift`, `merge` and `diagnose` read
@@ -62,7 +64,15 @@ def register(array_type: type, dequantize: Callable[[Any], Array]) -> None:
 
 def is_registered(value: Any) -> bool:
     """Return whether the value is an array of a registered type."""
-    return _dequantize.dispatch(type(value)) is not _dequantize.dispatch(object)
+    array_type = type(value)
+    if _dequantize.dispatch(array_type) is not _dequantize.dispatch(object):
+        return True
+    # Such an array exists only where qwix is imported already.
+    name = array_type.__name__
+    if name in _QWIX and array_type.__module__.startswith("qwix."):
+        register(array_type, _QWIX[name])
+        return True
+    return False
 
 
 def read_array(array: Any, dtype: DTypeLike | None = None) -> Any:
@@ -76,6 +86,20 @@ def read_array(array: Any, dtype: DTypeLike | None = None) -> Any:
     if is_registered(array):
         return jnp.asarray(_dequantize(array), array.dtype if dtype is None else dtype)
     return array if dtype is None else array.astype(dtype)
+
+
+def _dequantize_qwix(array: Any) -> Array:
+    import qwix
+
+    return qwix.dequantize(array)
+
+
+def _dequantize_with_aux(array: Any) -> Array:
+    value = array.array  # a `QArray`, or a plain array that is not quantised yet
+    return _dequantize_qwix(value) if is_registered(value) else value
+
+
+_QWIX = {"QArray": _dequantize_qwix, "WithAux": _dequantize_with_aux}
 
 
 @functools.singledispatch

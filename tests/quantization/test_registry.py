@@ -53,7 +53,6 @@ def make_toy(w):
 
 def make_qwix(w):
     qwix = pytest.importorskip("qwix")
-    jlora.quantization.register(qwix.QArray, qwix.dequantize)
     array = qwix.quantize(w, "int8", channelwise_axes=(w.ndim - 1,))
     return array, qwix.dequantize(array)
 
@@ -148,3 +147,21 @@ def test_refusals(bases):
         jlora.quantization.register("ToyInt8", dequantize_toy)
     with pytest.raises(TypeError, match="`dequantize` must be a function of one array"):
         jlora.quantization.register(ToyInt8, None)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:qwix")
+def test_a_quantised_linen_model_of_qwix_is_adapted(standard_promotion):
+    qwix, linen = pytest.importorskip("qwix"), pytest.importorskip("flax.linen")
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 32)), jnp.float32)
+    rule = qwix.QuantizationRule(module_path=".*", weight_qtype="int8")
+    model = qwix.quantize_model(linen.Dense(8), qwix.PtqProvider([rule]))
+    params = model.init(jax.random.key(0), x)["params"]
+    assert type(params["kernel"]).__name__ == "WithAux"
+
+    plan = jlora.make_plan(params, jlora.Rule("kernel", 2, init="lora"))
+    adapted = jlora.adapt(params, plan, key=jax.random.key(1))
+    assert adapted["kernel"].base is params["kernel"]
+    exact = qwix.dequantize(params["kernel"].array)
+    # The factors of "lora" add zero.
+    np.testing.assert_allclose(x @ adapted["kernel"], x @ exact, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(jlora.merge(adapted)["kernel"], exact)
