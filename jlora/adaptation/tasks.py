@@ -19,6 +19,7 @@ from jlora.adaptation.paths import fold_path, list_leaves
 from jlora.adaptation.plan import Plan, PlanEntry
 from jlora.adaptation.programs import InitSpec, has_new_base
 from jlora.layouts import complete_layout, list_axes, view_matrix
+from jlora.quantization.quantized_array import QuantizedArray
 from jlora.quantization.registry import is_registered
 
 
@@ -172,6 +173,8 @@ def _make_task(
     )
     if rule.format is not None:
         _check_format(entry, leaf)
+    if isinstance(leaf, QuantizedArray):
+        _check_layout(entry, leaf)
     is_new = has_new_base(spec, task.matrix_shape, leaf.dtype, _describe_data(task))
     if is_new and is_registered(leaf) and not isinstance(leaf, LazyArray):
         raise ValueError(
@@ -182,6 +185,19 @@ def _make_task(
     # Only an array of JAX can be donated, and only if a new base takes its buffer.
     donate = donate and is_new and isinstance(leaf, jax.Array)
     return task._replace(has_new_base=is_new, donate=donate)
+
+
+def _check_layout(entry: PlanEntry, leaf: QuantizedArray) -> None:
+    """Refuse a rule that reads a quantised weight in another layout than its own."""
+    own, given = (
+        complete_layout(layout, leaf.ndim)
+        for layout in (leaf.layout, entry.rule.layout)
+    )
+    if own != given:
+        raise ValueError(
+            f"{entry.path}: `layout` must be {leaf.layout!r}, in which this weight was "
+            f"quantised, got {entry.rule.layout!r}. Write it so in its rule."
+        )
 
 
 def _check_format(entry: PlanEntry, leaf: Any) -> None:

@@ -8,6 +8,8 @@ sources             the choice between the formats
 stored_arrays       arrays that are read on use, and safetensors files
 numpy_arrays        arrays of .npy and .npz files
 orbax_arrays        leaves of Orbax checkpoints
+quantized_weights   `load_weights`: quantised weights of several programs
+quantized_files     quantised arrays as tensors; bitsandbytes_files: in its scheme
 float_weights       weights in floating point, and scales of the ones in fp8
 members             members of an archive, stored or compressed
 folders             the files of a folder and their arrays
@@ -58,6 +60,7 @@ from jlora.checkpoints.init_jobs import initialize_checkpoint
 from jlora.checkpoints.merge_jobs import MergeReport, merge_checkpoint
 from jlora.checkpoints.peft import load_peft, save_peft
 from jlora.checkpoints.peft_reader import PeftAdapter, read_peft
+from jlora.checkpoints.quantized_weights import load_weights
 
 __all__ = [
     "AdapterReport",
@@ -72,6 +75,7 @@ __all__ = [
     "load_adapter",
     "load_arrays",
     "load_peft",
+    "load_weights",
     "merge_checkpoint",
     "open_checkpoint",
     "read_peft",

@@ -13,15 +13,25 @@ from jlora._types import AnyArray
 from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.checkpoints.files import replace_file
 from jlora.checkpoints.numpy_files import can_keep, write_npy, write_npz
+from jlora.checkpoints.quantized_files import (
+    STATE,
+    find_parts,
+    join_tensors,
+    list_tensors,
+)
 from jlora.checkpoints.safetensors import check_entries, write_safetensors
+from jlora.quantization.quantized_array import QuantizedArray
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
 
 Path: TypeAlias = str | os.PathLike[str]
 
 
-def load_arrays(path: Path) -> dict[str, np.ndarray]:
+def load_arrays(path: Path) -> dict[str, Any]:
     """Return the arrays of a .npy, .npz or .safetensors file by name.
+
+    An array that was saved as a `QuantizedArray` is one again; quantised weights of
+    other programs stay the tensors that they are, see `load_weights`.
 
     The array of a .npy file has the name of the file without its suffix. NumPy's
     formats have no name for bfloat16 and store it as two-byte void items; such items
@@ -51,7 +61,14 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
     check_suffix(path)
     if os.path.isdir(path):
         raise ValueError(f"{path}: must be a regular file, got none. Choose a file.")
-    return dict(open_checkpoint(path))
+    arrays: dict[str, Any] = dict(open_checkpoint(path))
+    for name in [name for name in arrays if f"{name}{STATE}" in arrays]:
+        parts = find_parts(name, arrays)
+        tensors = {part: arrays[part] for part in (name, *parts)}
+        arrays[name] = join_tensors(name, tensors, path)
+        for part in parts:
+            del arrays[part]
+    return arrays
 
 
 def save_arrays(path: Path, arrays: Mapping[str, AnyArray] | AnyArray) -> None:
@@ -62,7 +79,8 @@ def save_arrays(path: Path, arrays: Mapping[str, AnyArray] | AnyArray) -> None:
 
     Args:
         path: the file. The suffix decides the format.
-        arrays: {name: array}, or one array for .npy.
+        arrays: {name: array}, or one array for .npy. A `QuantizedArray` becomes several
+            tensors, `<name>`, `<name>.scales`, `<name>.quantized`, ...
 
     Raises:
         OSError: the file cannot be written.
@@ -80,6 +98,7 @@ def save_arrays(path: Path, arrays: Mapping[str, AnyArray] | AnyArray) -> None:
     """
     path = pathlib.Path(path)
     named: Any = arrays if hasattr(arrays, "items") else {path.stem: arrays}
+    named = _split_quantized(path, named)
     named = {name: _to_numpy(name, array) for name, array in named.items()}
     check_savable(path, named)
 
@@ -124,6 +143,24 @@ def check_savable(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
                 f"{path}: `arrays` must have dtypes that {suffix} files keep, got "
                 f"{array.dtype} at {name}. Cast it, or write a .safetensors file."
             )
+
+
+def _split_quantized(path: Path, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arrays with the tensors of each quantised one in its place."""
+    named: dict[str, Any] = {}
+    for name, array in arrays.items():
+        if not isinstance(array, QuantizedArray):
+            named[name] = array
+            continue
+        tensors = list_tensors(name, array)
+        taken = [each for each in tensors if each != name and each in arrays]
+        if taken:
+            raise ValueError(
+                f"{path}: `arrays` must not hold {taken[0]!r}, which is a tensor of "
+                f"the quantised {name!r}, got it. Rename it."
+            )
+        named |= tensors
+    return named
 
 
 def _to_numpy(name: str, array: AnyArray) -> np.ndarray:

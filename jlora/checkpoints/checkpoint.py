@@ -201,7 +201,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
             )
         array = self._find(name)
         if is_fp8(array.dtype):
-            scale = self._read_scale(name)  # refused before the weight is read
+            scale = self.read_scale(name)  # refused before the weight is read
             rows = self.read_rows(name, start, stop).astype(dtype)
             first = slice(start, stop).indices(array.shape[0])[0] if array.shape else 0
             scale_rows(rows, scale, first)
@@ -213,7 +213,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
             )
         return self.read_rows(name, start, stop).astype(dtype, copy=False)
 
-    def _read_scale(self, name: str) -> Scale:
+    def read_scale(self, name: str) -> Scale:
         """Return the scale of an fp8 weight, which must have exactly one."""
         found, array = find_scales(name, self._arrays), self._arrays[name]
         if len(found) != 1:

@@ -32,6 +32,7 @@ from jlora.checkpoints.float_weights import check_changeable
 from jlora.checkpoints.folders import read_model_config
 from jlora.checkpoints.initial_bases import has_moved, write_bases
 from jlora.checkpoints.initial_factors import (
+    BaseStorage,
     check_memory,
     check_method,
     check_stacks,
@@ -52,8 +53,11 @@ from jlora.checkpoints.output_folder import (
     identify,
     open_output,
 )
+from jlora.checkpoints.quantized_bases import can_be_foreign, check_quantizable
 from jlora.checkpoints.window_store import WORK, WindowStore
 from jlora.initializers.base import Initializer
+from jlora.quantization.base import Format
+from jlora.quantization.formats import as_format
 
 Path = str | os.PathLike[str]
 
@@ -69,6 +73,7 @@ def initialize_checkpoint(
     max_rank: int = 256,
     targets: str | None = None,
     layouts: Layouts | None = None,
+    quantize: Format | str | None = None,
     portable: bool = True,
     key: PRNGKey,
     max_memory: int | None = None,
@@ -97,6 +102,11 @@ def initialize_checkpoint(
         layouts: {regular expression on a module or tensor: "io" or "oi"} for models
             that jlora does not know; the first one that matches decides. None: the
             table of jlora, and "oi", PyTorch's [outputs, inputs], for all others.
+        quantize: static, format of `jlora.quantization` in which the bases of the
+            adapted weights are stored, or its name; read it with `load_weights`. If all
+            of them are stored as [outputs, inputs] and have whole blocks, NF4 and int8
+            (one scale for each output) are written as transformers and bitsandbytes
+            read them. None: in the dtype of the model.
         portable: as in `save_peft`.
         key: one typed PRNG key, consumed; folded with each name.
         max_memory: bytes of the process, with about 200 MiB for JAX itself. None: no
@@ -139,6 +149,7 @@ def initialize_checkpoint(
     max_rank = wish.rank or _checks.check_integer(max_rank, "max_rank")
     max_memory = check_max_memory(max_memory)
     initializer = check_method(method)
+    format = None if quantize is None else as_format(quantize, "quantize")
 
     # Find out everything before the first byte is written.
     source = open_checkpoint(checkpoint)
@@ -146,6 +157,7 @@ def initialize_checkpoint(
     check_target(pathlib.Path(output).absolute(), inputs)
     modules, skipped = _list_targets(source, check_layouts(layouts), targets)
     check_stacks(initializer, modules)
+    check_quantizable(modules, format)
     check_memory(modules, max_rank, max_memory)
     if dry_run:
         sizes = {
@@ -158,12 +170,15 @@ def initialize_checkpoint(
         "job": "init",
         "inputs": [identify(path) for path in source.files],
         "method": initializer.label,
+        "quantize": format and format.label,
         "wish": [*wish, max_rank],
         "patterns": [targets, layouts],
         "portable": portable,
         "key": jax.random.key_data(key).tolist(),
     }
-    moves = has_moved(initializer, modules)
+    moves = has_moved(initializer, modules, format)
+    is_foreign = format is not None and can_be_foreign(modules, format)
+    storage = BaseStorage(format, is_foreign)
     num_bytes = (
         8 * max_rank * sum(sum(ref.module.shape) for ref in list_matrices(modules))
     )
@@ -171,12 +186,12 @@ def initialize_checkpoint(
     with open_output(output, inputs=inputs, num_bytes=num_bytes, job=job) as folder:
         run = _Run(folder, source, modules, initializer, key, max_memory, progress)
         ranks = run.choose_ranks(wish, max_rank)
-        store = run.fill(ranks)
+        store = run.fill(ranks, storage)
         layout = plan_stored_adapter(modules, ranks, portable=portable)
         read = make_initial_reader(store, modules)
         write_job_adapter(folder, layout, read, prefix="adapter/")
         if moves:
-            write_bases(folder, source, modules, initializer, store, progress)
+            write_bases(folder, source, modules, initializer, store, format, progress)
         report = report_initial_factors(store, modules, ranks)
         folder.drop(WORK)
     return report._replace(skipped=tuple(skipped))
@@ -227,7 +242,7 @@ class _Run:
         ranks, _ = choose_module_ranks(spectra, self._modules, wish, {})
         return {path: min(rank, limits[path]) for path, rank in ranks.items()}
 
-    def fill(self, ranks: Mapping[str, int]) -> WindowStore:
+    def fill(self, ranks: Mapping[str, int], storage: BaseStorage) -> WindowStore:
         """Return the first factors of all modules with a rank, on disk."""
         refs = [ref for ref in self._refs if ref.module.path in ranks]
         store = WindowStore(self._folder, refs, max(ranks.values()), "factors")
@@ -237,6 +252,7 @@ class _Run:
                 self._source,
                 self._initializer,
                 ranks,
+                storage,
                 self._key,
                 self._max_memory,
                 bar,

@@ -16,17 +16,24 @@ from jlora.checkpoints.folders import find_side_files
 from jlora.checkpoints.initial_factors import make_initial_reader
 from jlora.checkpoints.lazy_tensors import LazyTensor
 from jlora.checkpoints.merge_blocks import write_tensors
-from jlora.checkpoints.merge_plan import plan_files
+from jlora.checkpoints.merge_plan import OutputTensor, plan_files
 from jlora.checkpoints.modules import MatrixRef, StoredModule
 from jlora.checkpoints.output_folder import OutputFolder, copy_file
 from jlora.checkpoints.peft_file import make_pair
+from jlora.checkpoints.quantized_bases import (
+    make_quantized_side_file,
+    plan_quantized_files,
+)
 from jlora.checkpoints.window_store import WindowStore
 from jlora.initializers.base import Initializer
+from jlora.quantization.base import Format
 
 
-def has_moved(initializer: Initializer, modules: Iterable[StoredModule]) -> bool:
+def has_moved(
+    initializer: Initializer, modules: Iterable[StoredModule], format: Format | None
+) -> bool:
     """Return whether a method gives any of the modules another base."""
-    return any(_moves(initializer, module) for module in modules)
+    return any(_moves(initializer, module, format) for module in modules)
 
 
 def write_bases(
@@ -35,30 +42,42 @@ def write_bases(
     modules: Iterable[StoredModule],
     initializer: Initializer,
     store: WindowStore,
+    format: Format | None,
     progress: bool | None,
 ) -> None:
     """Write the checkpoint without the deltas of the first factors.
 
-    Each weight is w - u @ v, rounded once; a quantised method gives its own base. The
-    other tensors are copied byte for byte.
+    Each weight is w - u @ v, rounded once; a quantised method gives its own base. With
+    a format the bases are stored in it. The other tensors are copied byte for byte.
     """
-    modules = [module for module in modules if _moves(initializer, module)]
+    modules = [module for module in modules if _moves(initializer, module, format)]
     is_folder = source.path.is_dir()
+    plans: dict[pathlib.Path, list[OutputTensor]] = {}
+    if format is not None:
+        plans = plan_quantized_files(source, modules, store, format)
     with Progress("base", len(source.files), enabled=progress, unit="files") as bar:
         for path in source.files:
             name = f"base/{path.name if is_folder else 'model.safetensors'}"
             if not folder.has(name):
-                changes = _find_changes(source, path, modules, initializer, store)
-                plan = plan_files(source, changes, None)[path]
+                plan = plans.get(path)
+                if plan is None:
+                    changes = _find_changes(source, path, modules, initializer, store)
+                    plan = plan_files(source, changes, None)[path]
                 folder.write(name, functools.partial(write_tensors, source, path, plan))
             bar.count()
+
     for path in find_side_files(source.path) if is_folder else ():
-        folder.write(f"base/{path.name}", functools.partial(copy_file, path))
+        write = functools.partial(copy_file, path)
+        if format is not None:
+            write = make_quantized_side_file(source, path, plans, modules, format)
+        folder.write(f"base/{path.name}", write)
 
 
-def _moves(initializer: Initializer, module: StoredModule) -> bool:
+def _moves(
+    initializer: Initializer, module: StoredModule, format: Format | None
+) -> bool:
     shape = module.shape if module.layout == "io" else module.shape[::-1]
-    spec = InitSpec(initializer, initializer.rank_multiple, module.layout)
+    spec = InitSpec(initializer, initializer.rank_multiple, module.layout, format)
     return has_new_base(spec, shape, np.dtype(module.dtype), None)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,24 @@ from jlora.checkpoints.factor_store import make_stack_reader
 from jlora.checkpoints.memory import check_fits, find_work_bytes
 from jlora.checkpoints.modules import MatrixRef, StoredModule, read_matrix
 from jlora.checkpoints.peft_file import make_pair
+from jlora.checkpoints.quantized_bases import list_base_tensors
 from jlora.checkpoints.window_store import WindowStore
 from jlora.factors import Factors
 from jlora.initializers.base import Initializer
 from jlora.initializers.lookup import as_initializer
+from jlora.quantization.base import Format
+from jlora.quantization.quantized_array import QuantizedArray
+from jlora.quantization.registry import read_array
 
 # Bytes of matrices that are adapted together: enough to fill a device.
 _GROUP_BYTES = 2**28
+
+
+class BaseStorage(NamedTuple):
+    """How the bases of a job are stored."""
+
+    format: Format | None  # None: in the dtype of the model
+    is_foreign: bool  # whether their tensors have the names of bitsandbytes
 
 
 def check_method(method: str | Initializer | Callable) -> Initializer:
@@ -76,6 +87,7 @@ def fill_initial_factors(
     source: Checkpoint,
     initializer: Initializer,
     ranks: Mapping[str, int],
+    storage: BaseStorage,
     key: PRNGKey,
     max_memory: int | None,
     bar: Progress,
@@ -87,6 +99,7 @@ def fill_initial_factors(
         source: the model.
         initializer: of all the matrices.
         ranks: by module.
+        storage: of the bases.
         key: folded with the name of each matrix.
         max_memory: of the job in bytes.
         bar: shows the matrices.
@@ -98,7 +111,9 @@ def fill_initial_factors(
     for number, window in store.list_missing(bar):
         arrays: dict[str, np.ndarray] = {}
         for group in _split(window, limit):
-            arrays |= _adapt_group(source, group, initializer, ranks, key, limit)
+            arrays |= _adapt_group(
+                source, group, initializer, ranks, storage, key, limit
+            )
             for ref in group:
                 itemsize = np.dtype(ref.module.dtype).itemsize
                 bar.count(1, itemsize * ref.module.num_elements)
@@ -163,6 +178,7 @@ def _adapt_group(
     group: Sequence[MatrixRef],
     initializer: Initializer,
     ranks: Mapping[str, int],
+    storage: BaseStorage,
     key: PRNGKey,
     limit: int | None,
 ) -> dict[str, np.ndarray]:
@@ -178,7 +194,13 @@ def _adapt_group(
         plan = make_plan(
             tree,
             [
-                Rule(f"^({'|'.join(names)})$", rank, init=initializer, layout=layout)
+                Rule(
+                    f"^({'|'.join(names)})$",
+                    rank,
+                    init=initializer,
+                    layout=layout,
+                    quantize=storage.format,
+                )
                 for (rank, layout), names in rules.items()
             ],
         )
@@ -188,24 +210,32 @@ def _adapt_group(
             raise ValueError(f"{source.path}: {error}") from None
         for ref in group:
             weight = adapted[ref.name]
-            arrays |= _list_arrays(ref, tree[ref.name], weight, initializer)
+            arrays |= _list_arrays(ref, tree[ref.name], weight, initializer, storage)
     return arrays
 
 
 def _list_arrays(
-    ref: MatrixRef, w: np.ndarray, weight: AdaptedWeight, initializer: Initializer
+    ref: MatrixRef,
+    w: np.ndarray,
+    weight: AdaptedWeight,
+    initializer: Initializer,
+    storage: BaseStorage,
 ) -> dict[str, np.ndarray]:
     name = ref.name
     # The adapter's file holds 32 bits, so the base is computed from rounded factors.
     u, v = (np.asarray(part, np.float32) for part in weight.factors)
     norms = np.asarray(_measure(w, weight.base), np.float64)
     arrays: dict[str, Any] = {f"{name}/u": u, f"{name}/v": v, f"{name}/norms": norms}
+    if isinstance(weight.base, QuantizedArray):
+        is_foreign = storage.is_foreign
+        return arrays | list_base_tensors(ref, weight.base, is_foreign=is_foreign)
     if not initializer.has_residual_base and weight.base is not w:
         arrays[f"{name}/base"] = np.asarray(weight.base)
     return arrays
 
 
 @jax.jit
-def _measure(w: Array, base: Array) -> Array:
+def _measure(w: Array, base: Array | QuantizedArray) -> Array:
     """Return the norms of a weight and of its base."""
-    return jnp.stack([frobenius_norm(to_compute(part)) for part in (w, base)])
+    parts = (w, read_array(base))
+    return jnp.stack([frobenius_norm(to_compute(part)) for part in parts])

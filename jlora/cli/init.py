@@ -10,6 +10,7 @@ from jlora.checkpoints.init_jobs import initialize_checkpoint
 from jlora.cli.job_options import add_job_options, read_job_options, say_end
 from jlora.cli.targets import check_seed, check_targets
 from jlora.cli.wishes import add_max_rank, add_output, add_wish, read_wish, say_lines
+from jlora.quantization.formats import FORMATS
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -33,6 +34,12 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         metavar="REGEX",
         help="matrices to adapt (default: all but embeddings, heads and routers)",
     )
+    add(
+        "--quantize",
+        metavar="FORMAT",
+        choices=list(FORMATS),
+        help="store the base in nf4, int8, int4 or fp8 (default: as the model)",
+    )
     add("--seed", type=int, default=0, help="of random factors (default: 0)")
     add_job_options(parser, has_layouts=True)
     return parser
@@ -48,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
         method=arguments.method,
         **read_wish(arguments),
         targets=arguments.targets,
+        quantize=arguments.quantize,
         portable=not arguments.keep_ranks,
         **read_job_options(arguments),
         key=jax.random.key(arguments.seed),
