@@ -8,6 +8,7 @@ adapted_weight.py        AdaptedWeight, linear, read_base
 lazy_arrays.py           LazyArray: weights that stay in their file
 weight_trees.py          split_trainable, join
 merging.py               merge
+requantization.py        measure_delta_loss: merging into a quantised base
 adapters.py              get_factors, set_factors, extract_delta
 diagnostics.py           diagnose
 paths.py, data.py, tables.py   helpers
@@ -28,17 +29,26 @@ from jlora.adaptation.weight_trees import join, split_trainable
 
 if _TYPE_CHECKING:
     from jlora.adaptation.diagnostics import Diagnosis, diagnose
+    from jlora.adaptation.requantization import DeltaLoss, measure_delta_loss
+
+# Imported on use, as the packages of jlora's own __init__ are.
+_ON_USE = {
+    "DeltaLoss": "requantization",
+    "Diagnosis": "diagnostics",
+    "diagnose": "diagnostics",
+    "measure_delta_loss": "requantization",
+}
 
 
 def __getattr__(name: str) -> object:
-    # Imported on use, as the packages of jlora's own __init__ are.
-    if name not in ("Diagnosis", "diagnose"):
+    if name not in _ON_USE:
         raise AttributeError(f"module 'jlora.adaptation' has no attribute {name!r}")
-    return getattr(_import_module("jlora.adaptation.diagnostics"), name)
+    return getattr(_import_module(f"jlora.adaptation.{_ON_USE[name]}"), name)
 
 
 __all__ = [
     "AdaptedWeight",
+    "DeltaLoss",
     "Diagnosis",
     "LazyArray",
     "Plan",
@@ -53,6 +63,7 @@ __all__ = [
     "join",
     "linear",
     "make_plan",
+    "measure_delta_loss",
     "merge",
     "read_base",
     "set_factors",

@@ -20,6 +20,8 @@ from jlora.adaptation.tables import format_table
 from jlora.factorization.svd import randomized_svd
 from jlora.factors import Factors
 from jlora.layouts import view_matrix
+from jlora.quantization.base import Format
+from jlora.quantization.quantized_array import QuantizedArray, quantize
 from jlora.quantization.registry import read_array
 from jlora.reconstruction.dense import reconstruct
 
@@ -35,6 +37,8 @@ _COLUMNS = {
     "angle": "{:.1f}°",
     "num_intruders": "{:d}",
 }
+# Shown only where a base is quantised.
+_QUANTIZED_COLUMNS = {"quantization_error": "{:.2e}", "recovered": "{:.1%}"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +69,17 @@ class Diagnosis:
         np.ndarray, " k"
     ]  # degrees, largest between old and new leading subspaces
     num_intruders: Int[np.ndarray, " k"]  # leading new directions far from all old ones
+    # ‖w - Q(w)‖ / ‖w‖ in the format of the base; NaN for a plain base.
+    quantization_error: Float[np.ndarray, " k"]
+    recovered: Float[np.ndarray, " k"]  # 1 - change / quantization_error
 
     def __str__(self) -> str:
-        rows = [("path", *_COLUMNS)]
+        columns = dict(_COLUMNS)
+        if not np.all(np.isnan(self.quantization_error)):
+            columns |= _QUANTIZED_COLUMNS
+        rows = [("path", *columns)]
         for i, path in enumerate(self.paths):
-            cells = (style.format(getattr(self, c)[i]) for c, style in _COLUMNS.items())
+            cells = (style.format(getattr(self, c)[i]) for c, style in columns.items())
             rows.append((path, *cells))
         return "\n".join(format_table(rows))
 
@@ -89,6 +99,9 @@ def diagnose(
 
     Returns:
         `Diagnosis`. Right after adapting `change` is the rounding error of the base.
+        For a quantised base `quantization_error` is the error of quantising w itself,
+        and `recovered` the part of it that base and factors together avoid; after
+        training `change` also holds what was learned.
 
     Raises:
         TypeError: arguments of the wrong kind.
@@ -144,6 +157,8 @@ class _Measures(NamedTuple):
     change: Float[Array, ""]
     angle: Float[Array, ""]
     num_intruders: Int[Array, ""]
+    quantization_error: Float[Array, ""]
+    recovered: Float[Array, ""]
 
 
 def _check_plain(path: str, w: Any, leaf: AdaptedWeight) -> AnyArray:
@@ -163,6 +178,7 @@ def _diagnose_weight(
     base = None if leaf.base is None else view_matrix(read_base(leaf), leaf.layout)
     u, v = leaf.factors
     num_directions = min(num_directions, *w.shape[-2:])
+    format = leaf.base.format if isinstance(leaf.base, QuantizedArray) else None
 
     for number, index in enumerate(np.ndindex(w.shape[:-2])):
         own_key = jax.random.fold_in(key, number) if index else key
@@ -173,12 +189,13 @@ def _diagnose_weight(
             leaf.scale,
             own_key,
             num_directions,
+            format,
         )
         name = f"{path}[{', '.join(map(str, index))}]" if index else path
         yield name, leaf.u.shape[-1], measures
 
 
-@functools.partial(jax.jit, static_argnames="k")
+@functools.partial(jax.jit, static_argnames=("k", "format"))
 def _compare(
     w: Float[Array, "m n"],
     base: Float[Array, "m n"] | None,
@@ -186,6 +203,7 @@ def _compare(
     scale: Float[Array, ""],
     key: PRNGKey,
     k: int,
+    format: Format | None,
 ) -> _Measures:
     """Return the measures of one matrix."""
     w = to_compute(w)
@@ -210,7 +228,18 @@ def _compare(
     cosine = jnp.min(jnp.linalg.svd(cosines[:k], compute_uv=False))
     angle = jnp.degrees(jnp.arctan2(sine, cosine))
 
-    num_intruders = jnp.sum(is_intruder)
+    lost = recovered = jnp.full((), jnp.nan, w.dtype)
+    if format is not None:
+        rounded = quantize(w.astype(jnp.float32), format).dequantize()
+        lost = safe_divide(frobenius_norm(rounded.astype(w.dtype) - w), norm)
+        recovered = 1 - safe_divide(change, lost)
     return _Measures(
-        1 - residual**2, residual, stable_rank, change, angle, num_intruders
+        1 - residual**2,
+        residual,
+        stable_rank,
+        change,
+        angle,
+        jnp.sum(is_intruder),
+        lost,
+        recovered,
     )

@@ -13,6 +13,7 @@ from jlora._types import Array, PRNGKey, Tree
 from jlora.adaptation.adapted_weight import AdaptedWeight, is_adapted, view_matrices
 from jlora.adaptation.paths import fold_path, map_leaves
 from jlora.layouts import restore_layout
+from jlora.quantization.quantized_array import QuantizedArray
 from jlora.reconstruction.dense import reconstruct
 from jlora.reconstruction.rounding import check_rounding
 
@@ -22,6 +23,7 @@ def merge(
     *,
     rounding: Literal["nearest", "stochastic", "compensated"] = "nearest",
     key: PRNGKey | None = None,
+    requantize: bool = False,
 ) -> Tree:
     """Return the tree of plain weights, base + scale * u @ v in their own dtypes.
 
@@ -32,6 +34,12 @@ def merge(
         key: one typed PRNG key for "stochastic", consumed; folded with each path. None
             for the others.
 
+        requantize: static. True: a weight with a quantised base becomes a
+            `QuantizedArray` in the format of that base again. Small deltas are mostly
+            lost, see `jlora.adaptation.measure_delta_loss`; outside of jit a warning
+            names the weights that keep less than half of theirs. False: it becomes a
+            plain array.
+
     Returns:
         The tree that `adapt` was given, in structure, layouts and dtypes; NumPy arrays
         where the bases are. With rounding="compensated" a `CompensatedWeight` in place
@@ -39,6 +47,7 @@ def merge(
 
     Raises:
         TypeError, ValueError: a key or a rounding that `reconstruct` refuses.
+        TypeError: `requantize` is no bool.
         ValueError: outside of jit, a float16 weight whose sum is beyond its range.
 
     Cost: one pass over each adapted weight.
@@ -53,10 +62,21 @@ def merge(
         dtype(bfloat16)
     """
     check_rounding(rounding, key, jnp.dtype(jnp.bfloat16))
+    if not isinstance(requantize, bool):
+        raise TypeError(
+            f"`requantize` must be True or False, got {type(requantize).__name__}. "
+            "Pass one of them."
+        )
+    requantized: dict[str, Any] = {}
 
     def merge_leaf(path: str, leaf: Any) -> Any:
         if not is_adapted(leaf):
             return leaf
+        if requantize and isinstance(leaf.base, QuantizedArray):
+            from jlora.adaptation.requantization import requantize_weight
+
+            requantized[path] = requantize_weight(leaf)
+            return requantized[path].array
         if jnp.finfo(leaf.dtype).bits != 16:
             return merge_weight(leaf)
         own_key = None if key is None else fold_path(key, path)
@@ -65,7 +85,12 @@ def merge(
             _check_range(path, leaf, merged)
         return merged
 
-    return map_leaves(merge_leaf, adapted, is_leaf=is_adapted)
+    merged = map_leaves(merge_leaf, adapted, is_leaf=is_adapted)
+    if requantized:
+        from jlora.adaptation.requantization import warn_of_loss
+
+        warn_of_loss(requantized)
+    return merged
 
 
 def _check_range(path: str, weight: AdaptedWeight, merged: Any) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
 
 from jlora import _checks
 from jlora._types import PRNGKey, Tree
@@ -23,6 +26,9 @@ from jlora.adaptation.rule_matches import (
 from jlora.adaptation.tables import format_table
 from jlora.adaptation.tree_checks import check_layout_given, check_paths, find_tied
 from jlora.layouts import complete_layout, matrix_shape
+from jlora.quantization.quantized_array import QuantizedArray, count_bytes
+
+_BYTES = ("base", "bytes before", "bytes after")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +45,16 @@ class PlanEntry:
     path: str
     shape: tuple[int, ...]
     rule: Rule
+    num_bytes: int = 0  # of the weight as it is stored
+
+    @property
+    def num_base_bytes(self) -> int:
+        """Bytes of the base after adapting."""
+        if not self.rule.initializer.keeps_residual:
+            return 0
+        if self.rule.format is None:
+            return self.num_bytes
+        return count_bytes(self.rule.format, self.matrix_shape)
 
     @property
     def rank(self) -> int:
@@ -75,9 +91,17 @@ class Plan:
     tied: tuple[tuple[str, ...], ...] = ()  # paths of one array, at least one adapted
 
     def __str__(self) -> str:
-        rows = [("path", "shape", "rank", "parameters", "init", "trainable")]
-        rows += [_list_cells(entry) for entry in self.entries]
+        is_quantized = any(entry.rule.format is not None for entry in self.entries)
+        head = ("path", "shape", "rank", "parameters", "init", "trainable")
+        rows = [(*head, *(_BYTES if is_quantized else ()))]
+        for entry in self.entries:
+            cells = _list_cells(entry)
+            rows.append((*cells, *(_list_bytes(entry) if is_quantized else ())))
         lines = format_table(rows)
+        if is_quantized:
+            before = sum(entry.num_bytes for entry in self.entries)
+            after = sum(entry.num_base_bytes for entry in self.entries)
+            lines.append(f"bytes of the weights: {before} before, {after} after")
         lines += [f"{path}: not adapted, it {reason}" for path, reason in self.skipped]
         lines += [
             f"{', '.join(paths)}: one array now, different weights after adapting"
@@ -190,7 +214,7 @@ def _make_entry(match: Match, ranks: dict[str, int]) -> PlanEntry:
             "exclude it."
         ) from None
 
-    entry = PlanEntry(path, shape, rule)
+    entry = PlanEntry(path, shape, rule, _count_bytes(match.leaf))
     check_layout_given(entry.path, shape, rule.layout, entry.num_parameters)
     limit = rule.initializer.max_rank(m, n)
     if entry.rank > limit:
@@ -200,6 +224,13 @@ def _make_entry(match: Match, ranks: dict[str, int]) -> PlanEntry:
             f"{entry.rank}. Choose a smaller rank in a rule of its own, or exclude it."
         )
     return entry
+
+
+def _count_bytes(leaf: Any) -> int:
+    """Return the bytes of a weight as it is stored."""
+    if isinstance(leaf, QuantizedArray):
+        return leaf.nbytes
+    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
 
 
 def _list_cells(entry: PlanEntry) -> tuple[str, ...]:
@@ -217,6 +248,13 @@ def _list_cells(entry: PlanEntry) -> tuple[str, ...]:
         rule.initializer.label,
         trainable,
     )
+
+
+def _list_bytes(entry: PlanEntry) -> tuple[str, ...]:
+    """Return the cells of the format and of the bytes before and after adapting."""
+    format = entry.rule.format
+    label = "plain" if format is None else format.label
+    return label, str(entry.num_bytes), str(entry.num_base_bytes)
 
 
 def _describe_shape(entry: PlanEntry) -> str:

@@ -175,6 +175,15 @@ def quantize(
     return QuantizedArray(codes, scales, zeros, format, dtype, layout, axes)
 
 
+@functools.lru_cache(maxsize=1024)
+def count_bytes(format: Format, shape: tuple[int, ...]) -> int:
+    """Return the bytes of matrices [..., m, n] in a format."""
+    w = jax.ShapeDtypeStruct(shape, jnp.float32)
+    encoded = jax.eval_shape(functools.partial(format.encode, axis=-2), w)
+    leaves = jax.tree.leaves(encoded)
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
+
+
 @dataclasses.dataclass(frozen=True)
 class RoundTrip:
     """The function from a matrix to the nearest one that a format can hold."""
