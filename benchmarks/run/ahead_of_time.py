@@ -11,7 +11,9 @@ version as JAX:
 Run with JAX_PLATFORMS=cpu: a process that looks for a TPU locks libtpu.
 """
 
+import functools
 import json
+import math
 import os
 import re
 import subprocess
@@ -142,6 +144,35 @@ def make_lifted_program(
     return Program(differentiate, shapes)
 
 
+def make_quantized_program(
+    dtype: str, format: str, rows: int = 512, size: int = 4096, rank: int = 16
+) -> Program:
+    """Return the program of a layer with a quantised base, forward and backward."""
+    base = jax.eval_shape(
+        lambda w: jlora.quantization.quantize(w, format),
+        jax.ShapeDtypeStruct((size, size), jnp.dtype(dtype)),
+    )
+    leaves, structure = jax.tree.flatten(base)
+
+    def run(x, dy, u, v, *leaves):
+        base = jax.tree.unflatten(structure, leaves)
+
+        def layer(x, u, v):
+            return jlora.apply_factors(x, jlora.Factors(u, v), base, scale=0.5)
+
+        y, pull = jax.vjp(layer, x, u, v)
+        return y, pull(dy)
+
+    shapes = (
+        ((rows, size), dtype),
+        ((rows, size), dtype),
+        ((size, rank), "float32"),
+        ((rank, size), "float32"),
+        *((leaf.shape, leaf.dtype.name) for leaf in leaves),
+    )
+    return Program(run, shapes)
+
+
 PROGRAMS = {
     "randomized_svd float32": lambda: make_svd_program("float32"),
     "randomized_svd bfloat16": lambda: make_svd_program("bfloat16"),
@@ -154,6 +185,13 @@ PROGRAMS = {
     "adapt bfloat16, two weights": lambda: make_adapt_program("bfloat16"),
     "lift bfloat16, scan over four layers": lambda: make_lifted_program("bfloat16"),
     "apply_many bfloat16, 4096 tokens": lambda: make_many_program("bfloat16", 4096),
+    **{
+        f"quantised layer {dtype}, {format}": functools.partial(
+            make_quantized_program, dtype, format
+        )
+        for dtype in ("bfloat16", "float32")
+        for format in ("nf4", "int8", "int4", "fp8")
+    },
 }
 
 
@@ -175,8 +213,9 @@ def compile_elsewhere(target: str, program: str, timeout: float = 900) -> dict:
 
     Returns:
         A dictionary with lower_ms, compile_ms, temporary_bytes and alias_bytes; calls,
-        the sorted names of the library routines that the compiled program calls; and
-        num_kernels, the number of kernels that its outermost level runs.
+        the sorted names of the library routines that the compiled program calls;
+        num_kernels, the number of kernels that its outermost level runs; and
+        largest_float, the numbers in its largest floating array.
     """
     environment = {
         **os.environ,
@@ -228,7 +267,14 @@ def compile_here(target: str, program: str) -> dict:
         "alias_bytes": memory.alias_size_in_bytes,
         "calls": sorted(set(re.findall('custom_call_target="([^"]+)"', text))),
         "num_kernels": _count_kernels(text),
+        "largest_float": _find_largest_float(text),
     }
+
+
+def _find_largest_float(text):
+    """Return the numbers in the largest floating array of a program's text."""
+    shapes = re.findall(r"\b(?:f32|bf16|f16)\[([\d,]+)\]", text)
+    return max(math.prod(map(int, shape.split(","))) for shape in set(shapes))
 
 
 def _count_kernels(text):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,8 +15,10 @@ from jlora._types import Array, Float
 from jlora.quantization.base import Encoded
 from jlora.quantization.quantized_array import QuantizedArray
 
-# Columns of the result that are computed at a time: enough for an efficient product.
-_BLOCK = 512
+# Columns of the result that are computed at a time. 512 are 2 % faster on a CPU, and need
+# more memory than a quarter of a float32 base of 4096² on an H200.
+_BLOCK = 256
+_LEAST_BLOCK = 128
 
 
 class Thin(NamedTuple):
@@ -43,13 +46,7 @@ def multiply_transposed_blocks(
     """Return g @ wᵀ + p @ q for one matrix w [m, n], block by block of inputs."""
     num_inputs, format = base.num_inputs, base.format
     scale_size = format.find_block_size(num_inputs)
-    has_one_scale = scale_size == num_inputs or scale_size % _BLOCK == 0
-
-    # A block starts where a byte and the inputs of a scale start, or has one scale.
-    size = _BLOCK
-    if not has_one_scale:
-        size = scale_size * -(-_BLOCK // scale_size)
-        size *= 1 + size % 2
+    size, has_one_scale = _choose_block(num_inputs, scale_size)
     per_byte = format.codes_per_byte
     one_scale = dataclasses.replace(format, block_size=None)
 
@@ -68,6 +65,20 @@ def multiply_transposed_blocks(
         return rows.astype(g.dtype)
 
     return _multiply(g, thin, decode, num_inputs, size)
+
+
+def _choose_block(num_inputs: int, scale_size: int) -> tuple[int, bool]:
+    """Return (inputs in a block, whether all of them have one scale).
+
+    A block starts where a byte and a scale start, or lies within the inputs of a scale.
+    """
+    if scale_size >= num_inputs:
+        return _BLOCK, True
+    part = math.gcd(scale_size, _BLOCK)
+    if scale_size > _BLOCK and part >= _LEAST_BLOCK:
+        return part, True
+    size = scale_size * -(-_BLOCK // scale_size)
+    return size * (1 + size % 2), False
 
 
 def _multiply(

@@ -64,3 +64,14 @@ def test_a_lifted_scan_makes_no_delta(target):
     found = compile_or_skip(target, "lift bfloat16, scan over four layers")
     # The four deltas in float32 would be 256 MiB, and one of them 64.
     assert found["temporary_bytes"] < 64 * 2**20
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("target", [*BATCHED])
+def test_a_quantised_layer_makes_no_float_copy_of_its_base(target, dtype, format):
+    found = compile_or_skip(target, f"quantised layer {dtype}, {format}")
+    size, rows = 4096, 512
+    # x, dy, y and dx are the largest arrays; a copy of the base would be eight times.
+    assert found["largest_float"] <= size * rows
+    assert found["temporary_bytes"] <= 0.25 * 4 * size**2
