@@ -111,12 +111,32 @@ def embed_tokens(embeddings, token_ids):
 
 def run_layers(layers, x, mask):
     """Return the output [batch, time, 384] of some layers in a row."""
+    return trace_layers(layers, x, mask)[0]
+
+
+def trace_layers(layers, x, mask):
+    """Return (output of `run_layers`, inputs of all its matrices).
+
+    The inputs [batch, time, m] are in a tree like `layers`, each in the place of its
+    matrix. Under jit, inputs that nothing reads cost nothing.
+    """
     mask = mask.astype(bool)
+    inputs = []
     for layer in layers:
         attention, mlp = layer["attention"], layer["mlp"]
-        x = _normalize(x + _attend(attention, x, mask), attention["norm"])
-        x = _normalize(x + _transform(mlp, x), mlp["norm"])
-    return x
+        mixed = _attend(attention, x, mask)
+        after = _normalize(x + _project(attention["out"], mixed), attention["norm"])
+        hidden = _activate(mlp, after)
+
+        read = {"query": x, "key": x, "value": x, "out": mixed}
+        inputs.append(
+            {
+                "attention": {name: {"w": each} for name, each in read.items()},
+                "mlp": {"up": {"w": after}, "down": {"w": hidden}},
+            }
+        )
+        x = _normalize(after + _project(mlp["down"], hidden), mlp["norm"])
+    return x, inputs
 
 
 def average_tokens(x, mask):
@@ -151,20 +171,19 @@ def _read_norm(arrays, prefix):
 
 
 def _attend(weights, x, mask):
-    """Return the output [batch, time, width] of multi-head attention."""
+    """Return the heads of attention [batch, time, width], before the last matrix."""
     batch, time, width = x.shape
     query, key, value = (
         _project(weights[name], x).reshape(batch, time, NUM_HEADS, width // NUM_HEADS)
         for name in ("query", "key", "value")
     )
     mixed = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None, None, :])
-    return _project(weights["out"], mixed.reshape(batch, time, width))
+    return mixed.reshape(batch, time, width)
 
 
-def _transform(weights, x):
-    """Return the output [batch, time, width] of the two-layer perceptron."""
-    hidden = jax.nn.gelu(_project(weights["up"], x), approximate=False)
-    return _project(weights["down"], hidden)
+def _activate(weights, x):
+    """Return the hidden units [batch, time, 4 width] of the two-layer perceptron."""
+    return jax.nn.gelu(_project(weights["up"], x), approximate=False)
 
 
 def _project(weights, x):

@@ -16,6 +16,7 @@ from benchmarks.tasks.sentences import (
     embed,
     embed_all,
     load_encoder,
+    measure_moments,
     run_frozen,
 )
 from benchmarks.tasks.task import NEW, OLD, Metric, Task
@@ -66,6 +67,9 @@ def make_task(num_steps: int) -> Task:
         num_columns=96,
         full_rate=1e-4,
         scaled_rate=0.1,
+        measure_moments=functools.partial(
+            _measure_moments, encoder, _take_pairs(pairs, split.train)
+        ),
     )
 
 
@@ -95,10 +99,18 @@ def _compute_loss(params: Any, batch: Any) -> Any:
 
 def _sample(pairs: Pairs, train: np.ndarray, num_steps: int, seed: int):
     for indices in sample_indices(train, BATCH_SIZE, num_steps, seed):
-        numbers = pairs.numbers[indices]
-        sides = pairs.questions.take(indices), pairs.answers.take(numbers)
-        x, mask = (np.concatenate(each) for each in zip(*sides, strict=True))
-        yield x, mask, np.int32(numbers)
+        x, mask = _take_pairs(pairs, indices)
+        yield x, mask, np.int32(pairs.numbers[indices])
+
+
+def _take_pairs(pairs: Pairs, indices: np.ndarray) -> Sentences:
+    """Return the questions of some pairs, followed by their answers."""
+    sides = pairs.questions.take(indices), pairs.answers.take(pairs.numbers[indices])
+    return Sentences(*(np.concatenate(each) for each in zip(*sides, strict=True)))
+
+
+def _measure_moments(encoder: Encoder, train: Sentences) -> Any:
+    return {"layers": measure_moments(encoder.layers, train)}
 
 
 def _validate(pairs: Pairs, validation: np.ndarray, params: Any) -> float:

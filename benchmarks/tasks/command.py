@@ -9,8 +9,8 @@ from benchmarks.plots.style import can_draw
 from benchmarks.run.environment import RESULTS, name_device_folder
 from benchmarks.run.outcomes import name_output
 from benchmarks.tasks.figure import draw_tasks
-from benchmarks.tasks.results import append_result, read_newest
-from benchmarks.tasks.running import QUICK, TABLE, run_tasks
+from benchmarks.tasks.results import append_result, read_newest, split_results
+from benchmarks.tasks.running import QUICK, TABLE, choose_methods, run_tasks
 from benchmarks.tasks.tables import format_value, make_overview, make_task_report
 from benchmarks.tasks.targets import evaluate_targets
 
@@ -32,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="three methods, one rate, one seed: minutes; default: up to an hour",
     )
+    parser.add_argument(
+        "--methods",
+        metavar="REGEX",
+        help="only methods whose name matches; NF4: those on quantised bases; "
+        "default: those on float bases",
+    )
     parser.add_argument("--out", metavar="FILE", help="append the results to this file")
 
 
@@ -43,6 +49,12 @@ def run_command(arguments: argparse.Namespace) -> int:
         if name not in level.sizes:
             known = ", ".join(level.sizes)
             raise ValueError(f"`TASK` must be one of {known}, got {name}. Choose one.")
+    if not choose_methods(level, arguments.methods):
+        known = ", ".join(choose_methods(level, ""))
+        raise ValueError(
+            f"`--methods` must match one of {known}, got {arguments.methods!r}. "
+            "Change it."
+        )
 
     path = pathlib.Path(arguments.out) if arguments.out else _name_output(level.name)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +65,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         append_result(path, result)
         _print_result(result)
 
-    run_tasks(level, names, emit)
+    run_tasks(level, names, emit, arguments.methods)
     print(f"took {time.perf_counter() - start:.0f} s")
     return 0
 
@@ -71,8 +83,9 @@ def write_task_report(device: pathlib.Path) -> list[pathlib.Path]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tasks.md"
     text = make_task_report(results)
-    if can_draw():
-        draw_tasks(results, folder / "tasks.png")
+    on_float, _ = split_results(results)
+    if on_float and can_draw():
+        draw_tasks(on_float, folder / "tasks.png")
         text += "\n![New domain against old domain](tasks.png)\n"
     path.write_text(text, encoding="utf-8")
     return [path]
@@ -94,9 +107,10 @@ def update_document(device: pathlib.Path) -> list[pathlib.Path]:
     DOCUMENT.write_text(f"{before}{block}{after}", encoding="utf-8")
 
     paths = [DOCUMENT]
-    if can_draw():
+    on_float, _ = split_results(results)
+    if on_float and can_draw():
         paths.append(DOCUMENT.with_name("tasks.png"))
-        draw_tasks(results, paths[-1])
+        draw_tasks(on_float, paths[-1])
     return paths
 
 

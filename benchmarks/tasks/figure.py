@@ -16,7 +16,7 @@ def draw_tasks(results: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None
     """Write the picture of all tasks; better is to the right and up in every panel.
 
     Args:
-        results: of the tasks, from `read_newest`.
+        results: of the tasks, from `read_newest`, on float bases.
         path: of the picture.
     """
     tasks = list_tasks(results)

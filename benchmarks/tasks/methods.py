@@ -10,6 +10,9 @@ import jlora
 from benchmarks.tasks.task import Task
 
 NONE, V_ONLY, LORA, FULL = "no adaptation", "V only", "LoRA", "full fine-tuning"
+# Names of methods on a quantised base end so.
+_NF4 = "(NF4)"
+NONE_QUANTIZED, QLORA = f"{NONE} {_NF4}", f"QLoRA {_NF4}"
 # Of v over u. LoRA+ reports 16 for large models, our demo's best is 4.
 PLUS_RATIO = 4.0
 
@@ -24,6 +27,7 @@ class Method(NamedTuple):
     # Gradient transformation before the learning rate.
     precondition: Callable[[], optax.GradientTransformation] = optax.scale_by_adam
     is_scaled_gd: bool = False  # its first guess is the task's `scaled_rate`
+    needs_moments: bool = False  # only for tasks with `measure_moments`
 
 
 def list_methods(num_columns: int) -> tuple[Method, ...]:
@@ -49,15 +53,42 @@ def list_methods(num_columns: int) -> tuple[Method, ...]:
     )
 
 
-def adapt_params(task: Task, method: Method, key: jax.Array) -> tuple[Any, str | None]:
-    """Return (the tree to train, `also_train` of `fit`)."""
+def list_quantized_methods() -> tuple[Method, ...]:
+    """Return the methods on a base in NF4; they train as many numbers as "LoRA"."""
+    both = {"trainable": "uv", "quantize": jlora.quantization.nf4()}
+    loftq = jlora.initializers.loftq(num_rounds=5)
+    qera = {"init": "qera", **both}
+    return (
+        Method(QLORA, {"init": "lora", **both}, 8.0),
+        Method(f"QPiSSA {_NF4}", {"init": "pissa", **both}, 2.0),
+        Method(f"LoftQ {_NF4}", {"init": loftq, **both}, 8.0),
+        Method(f"QERA {_NF4}", qera, 8.0, needs_moments=True),
+    )
+
+
+def is_quantized(name: str) -> bool:
+    """Whether the name is of a method on a quantised base."""
+    return name.endswith(_NF4)
+
+
+def adapt_params(
+    task: Task, method: Method, key: jax.Array, data: Any = None
+) -> tuple[Any, str | None]:
+    """Return (the tree to train, `also_train` of `fit`).
+
+    Args:
+        task: the task.
+        method: the method.
+        key: draws the factors.
+        data: second moments from the task, if the method needs them.
+    """
     if method.rule is None:
         patterns = [task.pattern, task.head] if task.head else [task.pattern]
         return task.params, "|".join(f"(?:{each})" for each in patterns)
 
     rule = jlora.Rule(task.pattern, task.rank, **method.rule)
     plan = jlora.make_plan(task.params, rule)
-    return jlora.adapt(task.params, plan, key=key), task.head
+    return jlora.adapt(task.params, plan, key=key, data=data), task.head
 
 
 def make_optimizer(task: Task, method: Method) -> optax.GradientTransformation:

@@ -11,7 +11,10 @@ import numpy as np
 import jlora
 from benchmarks.run.environment import describe_environment
 from benchmarks.run.outcomes import get_start_time
+from benchmarks.tasks.methods import is_quantized
 from benchmarks.tasks.task import Task
+
+Results = Sequence[Mapping[str, Any]]  # of `make_result`, or read from a file
 
 
 def make_result(
@@ -88,6 +91,12 @@ def read_newest(folder: pathlib.Path, level: str = "full") -> list[dict[str, Any
             if result["level"] == level:
                 newest[result["task"], result["method"]] = result
     return list(newest.values())
+
+
+def split_results(results: Results) -> tuple[Results, Results]:
+    """Return the results on float bases and the ones on quantised bases."""
+    on_float = [each for each in results if not is_quantized(each["method"])]
+    return on_float, [each for each in results if is_quantized(each["method"])]
 
 
 def find_metric(result: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -1,18 +1,26 @@
 """Runs the tasks: tune each method, train it with several seeds, measure it."""
 
 import importlib
+import re
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+
+import jlora
 from benchmarks.run.environment import count_others_cores, read_processor_seconds
 from benchmarks.tasks.methods import (
     FULL,
     LORA,
     NONE,
+    NONE_QUANTIZED,
+    QLORA,
     V_ONLY,
     Method,
+    adapt_params,
     list_methods,
+    list_quantized_methods,
 )
 from benchmarks.tasks.results import make_result
 from benchmarks.tasks.task import Task
@@ -32,7 +40,7 @@ class Level(NamedTuple):
     name: str
     num_seeds: int
     num_rates: int  # of the first grid of learning rates
-    methods: tuple[str, ...] | None  # None: all
+    methods: tuple[str, ...] | None  # None: all on float bases
     sizes: dict[str, TaskSize]  # {module: size}
 
 
@@ -67,7 +75,10 @@ TABLE = Level(
 
 
 def run_tasks(
-    level: Level, names: list[str], emit: Callable[[dict[str, Any]], None]
+    level: Level,
+    names: list[str],
+    emit: Callable[[dict[str, Any]], None],
+    pattern: str | None = None,
 ) -> None:
     """Run tasks and give the result of each method to `emit` at once.
 
@@ -75,19 +86,64 @@ def run_tasks(
         level: `QUICK` or `TABLE`.
         names: modules of the tasks, from `level.sizes`.
         emit: receives results of `make_result`.
+        pattern: of the names of the methods, see `choose_methods`.
     """
+    chosen = choose_methods(level, pattern)
     for name in names:
         start = time.perf_counter()
         module = importlib.import_module(f"benchmarks.tasks.{name}")
         sizes = [each for each in level.sizes[name] if each is not None]
         task = module.make_task(*sizes)
-        metrics = [task.measure(task.params)]
-        seconds = time.perf_counter() - start
-        emit(make_result(task, NONE, level.name, metrics, seconds))
+        for method in (NONE, NONE_QUANTIZED):
+            if method in chosen:
+                emit(measure_before(task, method, level, start))
+                start = time.perf_counter()
 
-        for method in list_methods(task.num_columns):
-            if level.methods is None or method.name in level.methods:
+        for method in (*list_methods(task.num_columns), *list_quantized_methods()):
+            if method.name not in chosen:
+                continue
+            if method.needs_moments and task.measure_moments is None:
+                print(
+                    f"{task.name}, {method.name}: absent, no second moments of inputs"
+                )
+            else:
                 emit(run_method(task, method, level))
+
+
+def choose_methods(level: Level, pattern: str | None) -> list[str]:
+    """Return the names of the methods to run.
+
+    Args:
+        level: `QUICK` or `TABLE`.
+        pattern: regular expression, searched anywhere in a name. None: the methods of
+            the level, which are on float bases.
+    """
+    on_float = [NONE, *(each.name for each in list_methods(num_columns=1))]
+    if pattern is None:
+        chosen = level.methods or on_float
+        return [each for each in on_float if each == NONE or each in chosen]
+
+    quantized = [NONE_QUANTIZED, *(each.name for each in list_quantized_methods())]
+    return [each for each in on_float + quantized if re.search(pattern, each)]
+
+
+def measure_before(task: Task, name: str, level: Level, start: float) -> dict[str, Any]:
+    """Return the result of the model before any training.
+
+    Args:
+        task: the task.
+        name: `NONE`, or `NONE_QUANTIZED` to measure it on the base of the methods.
+        level: `QUICK` or `TABLE`.
+        start: when the work for this result began.
+    """
+    params = task.params
+    if name == NONE_QUANTIZED:
+        qlora = next(each for each in list_quantized_methods() if each.name == QLORA)
+        # v is zero, so merging returns the base.
+        adapted, _ = adapt_params(task, qlora, jax.random.key(0))
+        params = jlora.merge(adapted)
+    metrics = [task.measure(params)]
+    return make_result(task, name, level.name, metrics, time.perf_counter() - start)
 
 
 def run_method(task: Task, method: Method, level: Level) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.models.minilm import (
@@ -11,6 +12,7 @@ from benchmarks.models.minilm import (
     find_minilm,
     load_minilm,
     run_layers,
+    trace_layers,
 )
 
 # The layers below are frozen, so their output is computed once. All six would take
@@ -80,9 +82,31 @@ def map_chunks(fn: Any, params: Any, arrays: tuple[np.ndarray, ...]) -> np.ndarr
     return np.concatenate(results)
 
 
+def measure_moments(layers: Any, sentences: Sentences) -> Any:
+    """Return the second moments xᵀx [m, m] of the inputs x of all matrices.
+
+    Args:
+        layers: plain layers.
+        sentences: that are read; their padding is left out.
+
+    Returns:
+        Tree like `layers`, with the moments in the places of the matrices.
+    """
+    return _measure_moments(layers, *sentences)
+
+
 @jax.jit
 def _run_frozen(frozen, ids, mask):
     return run_layers(frozen["layers"], embed_tokens(frozen["embeddings"], ids), mask)
+
+
+@jax.jit
+def _measure_moments(layers, x, mask):
+    _, inputs = trace_layers(layers, x, mask)
+    is_token = mask.astype(x.dtype)[..., None]
+    return jax.tree.map(
+        lambda each: jnp.einsum("btm,btn->mn", is_token * each, each), inputs
+    )
 
 
 @jax.jit

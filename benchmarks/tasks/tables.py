@@ -1,6 +1,6 @@
 """Tables of the tasks, as Markdown: each task in full, and all tasks at a glance."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -8,10 +8,16 @@ import numpy as np
 from benchmarks.report.markdown import NONE as NO_VALUE
 from benchmarks.report.markdown import format_number, make_table
 from benchmarks.report.statistics import describe_commits, describe_machine
-from benchmarks.tasks.results import compute_mean, compute_spread, find_metric
+from benchmarks.tasks.methods import LORA, NONE, V_ONLY
+from benchmarks.tasks.results import (
+    Results,
+    compute_mean,
+    compute_spread,
+    find_metric,
+    split_results,
+)
 from benchmarks.tasks.task import NEW, OLD
 
-Results = Sequence[Mapping[str, Any]]
 _GUIDE = """\
 Each method has the learning rate with the lowest validation error, of a grid in steps
 of √10 that reaches past the best rate on both sides. Values are means ± standard
@@ -39,20 +45,24 @@ def make_task_report(results: Results) -> str:
 
 
 def make_overview(results: Results) -> str:
-    """Return three tables of all tasks: the new domain, the old one, and the cost."""
-    tasks = list_tasks(results)
-    sections = [
-        ("New domain", _name_metrics(results, NEW), _pick_metric(NEW)),
-        ("Old domain, after training", _name_metrics(results, OLD), _pick_metric(OLD)),
-        ("Trained numbers, and ms per step", tasks, _format_cost),
-    ]
+    """Return three tables of all tasks: the new domain, the old one, and the cost.
+
+    Two more compare quantised with float bases, on the tasks where both ran.
+    """
+    on_float, quantized = split_results(results)
     texts = []
-    for title, header, pick in sections:
-        rows = []
-        for method in dict.fromkeys(each["method"] for each in results):
-            cells = [_find_cell(results, task, method, pick) for task in tasks]
-            rows.append([method, *cells])
-        texts += [f"**{title}**", make_table(["", *header], rows)]
+    if on_float:
+        texts += _make_domain_tables(
+            on_float, "New domain", "Old domain, after training"
+        )
+        cost = _make_table_of_tasks(on_float, list_tasks(on_float), _format_cost)
+        texts += ["**Trained numbers, and ms per step**", cost]
+    if quantized:
+        texts += _make_domain_tables(
+            _list_peers(on_float, list_tasks(quantized)) + list(quantized),
+            "Quantised bases, new domain",
+            "Quantised bases, old domain after training",
+        )
     return "\n\n".join(texts)
 
 
@@ -68,6 +78,34 @@ def format_value(metric: Mapping[str, Any]) -> str:
         return format_number(mean)
     decimals = int(np.clip(1 - np.floor(np.log10(max(spread, 1e-4))), 0, 4))
     return f"{mean:.{decimals}f} ± {spread:.{decimals}f}"
+
+
+def _make_domain_tables(results: Results, new: str, old: str) -> list[str]:
+    """Return the table of the new and of the old domain, each after its title."""
+    texts = []
+    for title, domain in ((new, NEW), (old, OLD)):
+        header = _name_metrics(results, domain)
+        table = _make_table_of_tasks(results, header, _pick_metric(domain))
+        texts += [f"**{title}**", table]
+    return texts
+
+
+def _list_peers(on_float: Results, tasks: list[str]) -> list[Mapping[str, Any]]:
+    """Return the results that the ones on quantised bases are compared with."""
+    peers = [each for each in on_float if each["method"] in (NONE, V_ONLY, LORA)]
+    return [each for each in peers if each["task"] in tasks]
+
+
+def _make_table_of_tasks(
+    results: Results, header: list[str], pick: Callable[[Mapping[str, Any]], str]
+) -> str:
+    """Return a table with a row for each method and a column for each task."""
+    tasks = list_tasks(results)
+    rows = []
+    for method in dict.fromkeys(each["method"] for each in results):
+        cells = [_find_cell(results, task, method, pick) for task in tasks]
+        rows.append([method, *cells])
+    return make_table(["", *header], rows)
 
 
 def _make_task_table(members: Results) -> str:

@@ -39,3 +39,6 @@ class Task(NamedTuple):
     # Leaves that every method trains in full, such as a new head, by Adam at this rate.
     head: str | None = None
     head_rate: float = 1e-3
+    # Second moments of the inputs of the adapted weights, over the training split: the
+    # `data` of `jlora.adapt`. None: the task does not measure them.
+    measure_moments: Callable[[], Any] | None = None

@@ -15,6 +15,7 @@ from benchmarks.tasks.sentences import (
     embed,
     embed_all,
     load_encoder,
+    measure_moments,
     run_frozen,
 )
 from benchmarks.tasks.task import NEW, OLD, Metric, Task
@@ -38,7 +39,8 @@ def make_task(num_steps: int) -> Task:
     split = split_examples(len(texts))
     encoder = load_encoder()
     sentences = run_frozen(encoder, texts, LENGTH)
-    before = embed_all(encoder.layers, sentences.take(split.train))
+    known = sentences.take(split.train)
+    before = embed_all(encoder.layers, known)
     params = {
         "layers": encoder.layers,
         "head": _fit_head(before, labels[split.train]),
@@ -66,6 +68,7 @@ def make_task(num_steps: int) -> Task:
         scaled_rate=0.3,
         head="head",
         head_rate=1e-2,
+        measure_moments=lambda: {"layers": measure_moments(encoder.layers, known)},
     )
 
 

@@ -45,11 +45,12 @@ class Trainer:
     def __init__(self, task: Task, method: Method):
         self.task, self.method = task, method
         self.optimizer = make_optimizer(task, method)
+        self.data = task.measure_moments() if method.needs_moments else None
 
     def train(self, rate: float, seed: int) -> TrainedRun:
         """Return the run at a learning rate. The seed draws factors and batches."""
         task = self.task
-        adapted, also_train = adapt_params(task, self.method, jax.random.key(seed))
+        adapted, also_train = self._adapt(seed)
         state, _ = jlora.init_train(adapted, self.optimizer, also_train=also_train)
         opt_state = optax.tree_utils.tree_set(state.opt_state, rate=jnp.float32(rate))
 
@@ -71,7 +72,7 @@ class Trainer:
 
     def measure_cost(self) -> jlora.training.TrainingCost:
         """Return the number of trained elements and the bytes of the optimiser."""
-        adapted, also_train = adapt_params(self.task, self.method, jax.random.key(0))
+        adapted, also_train = self._adapt(seed=0)
         state, _ = jlora.init_train(adapted, self.optimizer, also_train=also_train)
         return jlora.training.measure_cost(state)
 
@@ -91,6 +92,9 @@ class Trainer:
         errors = search_grid(measure_error, guess, num_rates)
         rate = min(errors, key=errors.__getitem__)
         return TunedRate(rate, errors, runs[rate])
+
+    def _adapt(self, seed: int) -> tuple[Any, str | None]:
+        return adapt_params(self.task, self.method, jax.random.key(seed), self.data)
 
 
 def search_grid(

@@ -114,7 +114,7 @@ class CorDA(Initializer):
     def __call__(self, w, rank, *, scale, key, data=None) -> InitialFactors:
         assert data is not None
         exact = to_compute(w)
-        factors = fit_outputs(exact, data, rank, scale=scale, key=key)
+        factors = fit_outputs(exact, take_square_root(data), rank, scale=scale, key=key)
         return InitialFactors.from_residual(w, factors, scale)
 
 

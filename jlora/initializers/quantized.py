@@ -7,17 +7,19 @@ hold.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from jlora import _checks
 from jlora._numerics import to_compute
-from jlora._types import Array, Float, Scalar
+from jlora._types import Array, Float, PRNGKey, Scalar
 from jlora.factorization.svd import randomized_svd
 from jlora.initializers.base import InitialFactors, Initializer, split_scaled
-from jlora.initializers.second_moments import fit_outputs
+from jlora.initializers.second_moments import fit_outputs, take_square_root
 from jlora.quantization.round_trips import quantize_nf4
 from jlora.reconstruction.dense import reconstruct
 
@@ -59,26 +61,34 @@ def qpissa(*, num_rounds: int = 1) -> Initializer:
     return QPiSSA(_checks.check_integer(num_rounds, "num_rounds"))
 
 
-def qera() -> Initializer:
+def qera(*, num_rounds: int = 1) -> Initializer:
     """Return the initializer that corrects the outputs of the quantised weight best.
 
     The base is Q(w). `data` holds the second moments c = xᵀx of the inputs,
     [..., m, m], in any multiple. Of all factors of the rank, these make the error of
-    the layer's outputs, x @ (w − base − u v), the smallest. The weight is not quantised
-    again.
+    the layer's outputs, x @ (w − base − u v), the smallest. With more rounds the base
+    is Q(w − u v) for the best factors of the weight itself, and then of what each base
+    leaves: the most important part of w stays in the factors and is not quantised.
 
-    Cost: an eigendecomposition of c and one `randomized_svd` for each matrix.
+    Args:
+        num_rounds: static, ≥ 1, quantisations; each one after the first decomposes once
+            more.
+
+    Raises:
+        TypeError, ValueError: a number of rounds that is no integer or below 1.
+
+    Cost: an eigendecomposition of c and one `randomized_svd` a round for each matrix.
 
     Source: Zhang et al., "QERA: an analytical framework for quantization error
         reconstruction", 2024, theorem 1. Differs: nothing is inverted, so c may be
-        singular; see `corda`.
+        singular; see `corda`. More rounds: as QPiSSA, with this norm.
 
     Example:
         >>> import jlora
         >>> jlora.Rule("w", 8, init="qera", quantize="nf4").initializer.data_meaning
         'second moments of the inputs, [..., m, m]'
     """
-    return QERA()
+    return QERA(_checks.check_integer(num_rounds, "num_rounds"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,10 +144,22 @@ class QERA(QuantizedInitializer):
 
     def __call__(self, w, rank, *, scale, key, data=None) -> InitialFactors:
         assert data is not None
-        exact = to_compute(w)
-        base = self.quantize(exact)
-        error = exact - base
-        factors = fit_outputs(error, data, rank, scale=scale, key=key)
+        exact, root = to_compute(w), take_square_root(data)
+        fit = functools.partial(fit_outputs, root=root, rank=rank, scale=scale)
+        rounds_key, last_key = jax.random.split(key)
+
+        def run_round(base: Array, key: PRNGKey) -> tuple[Array, None]:
+            factors = fit(exact - base, key=key)
+            residual = reconstruct(factors, exact, scale=-scale)
+            return self.quantize(residual).astype(exact.dtype), None
+
+        if self.num_rounds == 1:
+            base = self.quantize(exact)
+        else:
+            # A scan: one compiled round, however many run.
+            keys = jax.random.split(rounds_key, self.num_rounds - 1)
+            base, _ = jax.lax.scan(run_round, jnp.zeros_like(exact), keys)
+        factors = fit(exact - base, key=last_key)
         return InitialFactors(base.astype(w.dtype), factors)
 
 

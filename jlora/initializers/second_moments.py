@@ -21,7 +21,7 @@ def take_square_root(
 
 def fit_outputs(
     a: Float[Array, "*batch m n"],
-    moments: Float[Array, "*batch m m"],
+    root: Float[Array, "*batch m m"],
     rank: int,
     *,
     scale: Scalar,
@@ -31,13 +31,13 @@ def fit_outputs(
 
     Args:
         a: in the compute dtype.
-        moments: second moments of the inputs x, in any multiple.
+        root: square root of the second moments of the inputs x, in any multiple, see
+            `take_square_root`.
         rank: static, of the factors.
         scale: of the delta.
         key: one typed PRNG key, consumed.
     """
-    root = take_square_root(moments).astype(a.dtype)
-    z = randomized_svd(matmul(root, a), rank, key=key).vt.mT
+    z = randomized_svd(matmul(root.astype(a.dtype), a), rank, key=key).vt.mT
 
     # u v = (a z) zᵀ, with the norms of a z as singular values to balance the factors.
     u = matmul(a, z)

@@ -15,8 +15,8 @@ from jlora._types import Array, Float
 from jlora.quantization.base import Encoded
 from jlora.quantization.quantized_array import QuantizedArray
 
-# Columns of the result that are computed at a time. 512 are 2 % faster on a CPU, and need
-# more memory than a quarter of a float32 base of 4096² on an H200.
+# Columns of the result that are computed at a time. 512 are 2 % faster on a CPU, but
+# need more than a quarter of the memory of a float32 base of 4096² on an H200.
 _BLOCK = 256
 _LEAST_BLOCK = 128
 

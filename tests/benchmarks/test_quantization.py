@@ -11,6 +11,7 @@ from benchmarks.run.limits import Limits
 from benchmarks.run.records import check_record
 from benchmarks.suites import quantization
 from benchmarks.suites.quantization.formats import BITS, FORMATS
+from benchmarks.suites.quantization.pretrained import OUTPUTS, WEIGHTS
 
 # qwix promotes dtypes.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -70,9 +71,9 @@ def test_targets_read_the_records_of_the_full_level():
                 "time": "2026-01-02T03:04:05+00:00",
                 "times_ms": [3.0 if "nf4" in contender.name else 2.0] * 3,
                 "rounds": [0, 1, 2],
-                "errors": {BITS: 4.0},
+                "errors": {BITS: 4.0, WEIGHTS: 0.1, OUTPUTS: 0.1},
                 "temporary_bytes": 4096 * 4096,
             }
     values = [target.measure(found) for target in targets.TARGETS]
-    assert values == [4.0, 4.0, 4.0, 0.25, 1.5, 1.0, 1.5]
+    assert values == [4.0, 4.0, 4.0, 0.25, 1.5, 1.0, 1.5, 1.0, 1.0, 1.0, 1.0]
     assert all(target.measure({}) is None for target in targets.TARGETS)

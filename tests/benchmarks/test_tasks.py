@@ -1,8 +1,11 @@
 import argparse
 import functools
 import importlib
+import itertools
 import json
 import math
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 
 import jlora
+from benchmarks.models.minilm import trace_layers
 from benchmarks.models.patch_encoder import init_patch_encoder, run_patch_encoder
 from benchmarks.models.towers import init_towers, predict_ratings
 from benchmarks.models.translator import (
@@ -25,18 +29,22 @@ from benchmarks.tasks import methods, running, targets
 from benchmarks.tasks.command import run_command, write_task_report
 from benchmarks.tasks.data.ratings import generate_world
 from benchmarks.tasks.data.splits import sample_indices, split_examples
-from benchmarks.tasks.results import append_result, make_result, read_newest
+from benchmarks.tasks.results import append_result, read_newest
+from benchmarks.tasks.sentences import Sentences, measure_moments
 from benchmarks.tasks.tables import format_value, make_overview
 from benchmarks.tasks.task import NEW, OLD, Metric, Task
 from benchmarks.tasks.training import MAX_RATES, Trainer, search_grid
+from jlora.adaptation.paths import list_leaves
 
 # optax and jax.nn.dot_product_attention promote dtypes.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 ERROR = Metric("error", NEW, False)
 KEPT = Metric("kept", OLD, True)
+LEVEL = running.Level("full", 2, 3, None, {"toy": running.TaskSize(4)})
+QUICK = running.Level("quick", 1, 1, None, LEVEL.sizes)
 
 
-def make_toy_task(head=None):
+def make_toy_task(head=None, has_moments=True):
     """Return a task of one matrix whose new domain needs another matrix."""
     rng = np.random.default_rng(0)
     old, change = rng.standard_normal((2, 12, 10)).astype(np.float32)
@@ -52,6 +60,9 @@ def make_toy_task(head=None):
         error = float(jnp.mean((x[-1] @ params["layer"]["w"] - y[-1]) ** 2))
         kept = float(np.corrcoef(np.ravel(params["layer"]["w"]), np.ravel(old))[0, 1])
         return {ERROR.name: error, KEPT.name: kept}
+
+    def measure_moments():
+        return {"layer": {"w": np.einsum("btm,btn->mn", x[:4], x[:4])}}
 
     return Task(
         name="toy",
@@ -72,16 +83,31 @@ def make_toy_task(head=None):
         full_rate=0.03,
         scaled_rate=0.1,
         head=head,
+        measure_moments=measure_moments if has_moments else None,
     )
 
 
-def run_toy(**settings):
-    """Return the results of all methods on the toy task."""
-    level = running.Level("full", 2, 3, None, {})
+@functools.cache
+def load_task(name, *steps):
+    """Return a task; several tests share it."""
+    return importlib.import_module(f"benchmarks.tasks.{name}").make_task(*steps)
+
+
+def take_first(task, seed):
+    """Return the first batch of a task, in a list."""
+    return list(itertools.islice(task.sample(seed), 1))
+
+
+def run_toy(pattern=None, level=LEVEL, **settings):
+    """Return the results of the chosen methods on the toy task."""
     task = make_toy_task(**settings)
-    before = make_result(task, methods.NONE, "full", [task.measure(task.params)], 0.1)
-    rest = methods.list_methods(task.num_columns)
-    return [before] + [running.run_method(task, method, level) for method in rest]
+    module = types.ModuleType("benchmarks.tasks.toy")
+    module.make_task = lambda num_steps: task
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, module.__name__, module)
+        running.run_tasks(level, ["toy"], results.append, pattern)
+    return results
 
 
 def find(results, name):
@@ -107,6 +133,53 @@ def test_every_method_learns_the_new_domain(head):
     assert counts["LoRA"] == 2 * (12 + 10) + extra
     assert counts["core"] == 4 + extra
     assert counts[methods.FULL] == 120 + extra
+
+
+def test_methods_on_quantised_bases_learn_as_many_numbers_as_lora():
+    before, rounded, lora, *results = run_toy(f"^{methods.NONE}|^LoRA$|NF4")
+    names = [each.name for each in methods.list_quantized_methods()]
+    assert [rounded["method"], lora["method"]] == [methods.NONE_QUANTIZED, methods.LORA]
+    assert [each["method"] for each in results] == names
+
+    # NF4 rounds the base, and the delta is kept beside it.
+    plain, kept = (each["metrics"][1]["values"][0] for each in (before, rounded))
+    assert 0.99 < kept < plain
+    for result in results:
+        errors = result["metrics"][0]["values"]
+        assert max(errors) < rounded["metrics"][0]["values"][0], result["method"]
+        assert result["num_trained"] == lora["num_trained"] == 2 * (12 + 10)
+
+
+def test_methods_without_their_inputs_are_absent(capsys):
+    results = run_toy("^Q.*NF4", has_moments=False, level=QUICK)
+    assert [each["method"] for each in results] == [methods.QLORA, "QPiSSA (NF4)"]
+    assert "toy, QERA (NF4): absent" in capsys.readouterr().out
+
+
+def test_quantised_bases_run_on_request_only():
+    full = running.choose_methods(running.TABLE, None)
+    assert len(full) == 11
+    assert not any(methods.is_quantized(name) for name in full)
+    quick = running.choose_methods(running.QUICK, None)
+    assert quick == [methods.NONE, methods.V_ONLY, methods.LORA, methods.FULL]
+
+    chosen = running.choose_methods(running.QUICK, "NF4")
+    assert len(chosen) == 5
+    assert all(methods.is_quantized(name) for name in chosen)
+
+
+def test_qera_keeps_the_outputs_of_the_training_inputs_best():
+    task = make_toy_task()
+    moments = task.measure_moments()
+    w, c = task.params["layer"]["w"], moments["layer"]["w"]
+    errors = {}
+    for method in methods.list_quantized_methods():
+        data = moments if method.needs_moments else None
+        tree, _ = methods.adapt_params(task, method, jax.random.key(0), data)
+        difference = np.asarray(jlora.merge(tree)["layer"]["w"]) - w
+        errors[method.name] = np.sum(difference * (c @ difference))
+    # Both have the same base; QLoRA's factors do not correct it.
+    assert errors["QERA (NF4)"] < errors[methods.QLORA]
 
 
 def test_a_run_of_a_seed_repeats_itself():
@@ -168,6 +241,33 @@ def test_results_are_read_back_newest_first_and_reported(tmp_path):
     assert write_task_report(tmp_path / "nothing") == []
 
 
+def test_quantised_bases_have_their_own_tables(tmp_path):
+    toy = run_toy(level=QUICK)
+    other = [{**each, "task": "other"} for each in toy]
+    quantized = run_toy("NF4", level=QUICK)
+    overview = make_overview(toy + other)
+    both = make_overview(toy + other + quantized)
+    assert both.startswith(overview)
+
+    # Only the task that ran, with the methods on float bases to compare with.
+    added = both.removeprefix(overview)
+    assert "Quantised bases, new domain" in added
+    assert "other" not in added
+    for result in [*quantized, find(toy, methods.NONE), find(toy, methods.LORA)]:
+        assert f"| {result['method']} |" in added
+        assert format_value(result["metrics"][0]) in added
+    assert methods.FULL not in added
+
+    # They also make a report on their own, without the picture of float bases.
+    (tmp_path / "tasks").mkdir()
+    for result in quantized:
+        append_result(tmp_path / "tasks" / "1.jsonl", {**result, "level": "full"})
+    (path,) = write_task_report(tmp_path)
+    assert methods.QLORA in path.read_text(encoding="utf-8")
+    assert not (path.parent / "tasks.png").exists()
+    assert make_overview(quantized).startswith("**Quantised bases, new domain**")
+
+
 def test_v_only_is_compared_with_lora_by_the_larger_spread():
     def metric(*values, higher=True):
         return {"values": list(values), "is_better_higher": higher}
@@ -184,24 +284,34 @@ def test_v_only_is_compared_with_lora_by_the_larger_spread():
         for task in running.TABLE.sizes
         for method in (methods.V_ONLY, methods.LORA)
     ]
-    lines = targets.evaluate_targets({"quick": results[:3], "full": results})
+    # A later run of quantised bases does not count.
+    later = {**one, "time": "u", "task": "topics", "method": methods.QLORA}
+    found = {"quick": results[:3], "full": [*results, later]}
+    lines = targets.evaluate_targets(found)
     assert "6 (at least 4) met" in lines[0]
     assert "no record" in lines[1]
     assert "120 (at most 3600) met" in lines[2]
     assert targets.count_as_good(results[:-1]) is None
 
 
-def test_a_wrong_name_of_a_task_is_refused():
-    arguments = argparse.Namespace(quick=True, tasks=["tpoics"], out=None)
-    with pytest.raises(ValueError, match=r"must be one of topics, .*, got tpoics"):
+@pytest.mark.parametrize(
+    ("tasks", "pattern", "message"),
+    [
+        (["tpoics"], None, r"must be one of topics, .*, got tpoics"),
+        (["topics"], "LoRa", r"must match one of .*QERA \(NF4\), got 'LoRa'"),
+    ],
+)
+def test_a_wrong_name_of_a_task_or_method_is_refused(tasks, pattern, message):
+    arguments = argparse.Namespace(quick=True, tasks=tasks, methods=pattern, out=None)
+    with pytest.raises(ValueError, match=message):
         run_command(arguments)
 
 
 @pytest.mark.parametrize(
     ("name", "packages", "steps"),
     [
-        ("topics", ("chatterbot_corpus", "sklearn", "tokenizers"), (1,)),
-        ("answers", ("chatterbot_corpus", "tokenizers"), (1,)),
+        ("topics", ("chatterbot_corpus", "sklearn", "tokenizers"), (40,)),
+        ("answers", ("chatterbot_corpus", "tokenizers"), (40,)),
         ("translation", ("babel", "django", "sphinx", "sacrebleu"), (1, 1)),
         ("images", ("sklearn",), (1, 1)),
         ("recommendation", ("sklearn",), (1, 1)),
@@ -211,7 +321,8 @@ def test_a_wrong_name_of_a_task_is_refused():
 def test_every_task_trains_and_is_measured(name, packages, steps):
     for package in packages:
         pytest.importorskip(package)
-    task = importlib.import_module(f"benchmarks.tasks.{name}").make_task(*steps)
+    task = load_task(name, *steps)
+    task = task._replace(sample=functools.partial(take_first, task), num_steps=1)
     before = task.measure(task.params)
     assert list(before) == [metric.name for metric in task.metrics]
     assert np.isfinite([*before.values(), task.validate(task.params)]).all()
@@ -221,6 +332,74 @@ def test_every_task_trains_and_is_measured(name, packages, steps):
     run = Trainer(task, method).train(1e-2, seed=0)
     assert not run.has_diverged
     assert task.validate(run.params) != task.validate(task.params)
+
+
+def make_encoder_layer(rng, width=24):
+    """Return a random layer of the sentence encoder."""
+
+    def matrix(rows, columns):
+        return {
+            "w": np.float32(rng.standard_normal((rows, columns)) / rows**0.5),
+            "b": np.float32(rng.standard_normal(columns)),
+        }
+
+    norm = {"gain": np.ones(width, np.float32), "b": np.zeros(width, np.float32)}
+    names = ("query", "key", "value", "out")
+    attention = {name: matrix(width, width) for name in names}
+    mlp = {"up": matrix(width, 4 * width), "down": matrix(4 * width, width)}
+    return {"attention": {**attention, "norm": norm}, "mlp": {**mlp, "norm": norm}}
+
+
+def test_moments_are_of_the_inputs_of_each_matrix_without_padding():
+    rng = np.random.default_rng(0)
+    layers = [make_encoder_layer(rng) for _ in range(2)]
+    x = rng.standard_normal((3, 5, 24)).astype(np.float32)
+    mask = np.int32(np.arange(5)[None] < np.array([5, 3, 1])[:, None])
+    moments = measure_moments(layers, Sentences(x, mask))
+    tokens = x[mask.astype(bool)]
+    compare = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    compare(moments[0]["attention"]["query"]["w"], tokens.T @ tokens)
+
+    # Padding changes nothing.
+    padded = np.where(mask[..., None], x, 7)
+    again = measure_moments(layers, Sentences(padded, mask))
+    jax.tree.map(compare, again, moments)
+
+    # The last layer's output follows from the inputs of its last three matrices.
+    output, inputs = trace_layers(layers, x, mask)
+    attention, mlp = inputs[1]["attention"], inputs[1]["mlp"]
+
+    def project(block, name, read):
+        weights = layers[1][block][name]
+        return np.asarray(read[name]["w"]) @ weights["w"] + weights["b"]
+
+    def normalize(x):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / x.std(-1, keepdims=True)
+
+    after = normalize(attention["query"]["w"] + project("attention", "out", attention))
+    compare(mlp["up"]["w"], after)
+    compare(mlp["down"]["w"], jax.nn.gelu(project("mlp", "up", mlp), approximate=False))
+    compare(output, normalize(after + project("mlp", "down", mlp)))
+
+
+@pytest.mark.parametrize("name", ["topics", "answers"])
+def test_moments_of_a_task_are_of_its_training_sentences(name):
+    for package in ("chatterbot_corpus", "sklearn", "tokenizers"):
+        pytest.importorskip(package)
+    task = load_task(name, 40)
+    moments = task.measure_moments()
+    plan = jlora.make_plan(task.params, jlora.Rule(task.pattern, task.rank))
+    shapes = {path: each.shape for path, each in list_leaves(moments)}
+    assert shapes == {each.path: (each.shape[0],) * 2 for each in plan.entries}
+
+    # Batches are epochs, so their mean is the training split's up to the last epoch.
+    tokens = [x[mask.astype(bool)] for x, mask, _ in task.sample(0)]
+    tokens = np.concatenate(tokens)
+    expected = tokens.T @ tokens / len(tokens)
+    found = np.asarray(moments["layers"][0]["attention"]["query"]["w"])
+    found = found * np.trace(expected) / np.trace(found)
+    assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
 
 
 def test_translation_chooses_the_most_likely_tokens():

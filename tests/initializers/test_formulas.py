@@ -257,6 +257,27 @@ def test_qera_leaves_the_least_error_of_the_outputs():
     assert errors["qera"] < errors["loftq"]
 
 
+def test_more_rounds_of_qera_keep_the_important_part_out_of_the_base():
+    """Two rounds: the base is Q(w − u v) for the best factors of w itself."""
+    w, x = W[0], draw(6, 50, M)
+    moments = to_float32(x.T @ x)
+    errors, bases = [], []
+    for num_rounds in (1, 2, 8):
+        init = jlora.initializers.qera(num_rounds=num_rounds)
+        found = adapt(to_float32(w), init, moments)
+        bases.append(to_float64(found.base))
+        errors.append(
+            np.linalg.norm(x @ (w - to_float64(jlora.merge({"w": found})["w"])))
+        )
+    assert errors[2] < errors[1] < errors[0]
+
+    left, s, right = np.linalg.svd(x @ w, full_matrices=False)
+    best = np.linalg.pinv(x) @ (left[:, :R] * s[:R]) @ right[:R]
+    expected = round_nf4(w - best)
+    # Few codes at a bound differ.
+    assert np.mean(abs(bases[1] - expected) > 1e-4 * abs(expected).max()) < 0.02
+
+
 @pytest.mark.parametrize("init", ["eva", "lora_ga"])
 def test_directions_of_data_are_its_singular_vectors_in_order(init):
     found = adapt(to_float32(W), init, to_float32(DATA[init]), scale=-2.0)

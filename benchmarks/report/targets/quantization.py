@@ -6,6 +6,12 @@ from benchmarks.suites.quantization import list_groups
 from benchmarks.suites.quantization.formats import BITS
 from benchmarks.suites.quantization.layers import FLOAT, QWIX, name_format
 from benchmarks.suites.quantization.models import PLAIN, QUANTIZED
+from benchmarks.suites.quantization.pretrained import (
+    OPERATION,
+    OUTPUTS,
+    WEIGHTS,
+    name_setting,
+)
 
 _PROBLEMS = {
     group.operation: (group.suite, group.operation, group.case.name)
@@ -15,6 +21,7 @@ _FORMATS = _PROBLEMS["quantize"]
 _LAYER = _PROBLEMS["layer, forward and backward"]
 _MODEL = _PROBLEMS["pissa of a model"]
 _NF4 = name_format("nf4")
+_PRETRAINED = ("quantization", OPERATION, "all-MiniLM-L6-v2, rank 16")
 _FLOAT_BYTES = 4
 
 
@@ -25,6 +32,19 @@ def _measure_memory(found):
         return None
     size = record["case"]["m"] * record["case"]["n"]
     return record["temporary_bytes"] / (_FLOAT_BYTES * size)
+
+
+def _measure_quotient(kind, ours, other):
+    """Return the measure of one error on MiniLM over another, both in NF4."""
+
+    def measure(found):
+        keys = [(*_PRETRAINED, name_setting(name, "nf4")) for name in (ours, other)]
+        errors = [found[key]["errors"].get(kind) for key in keys if key in found]
+        return (
+            errors[0] / errors[1] if len(errors) == 2 and None not in errors else None
+        )
+
+    return measure
 
 
 TARGETS = (
@@ -55,5 +75,26 @@ TARGETS = (
         "PiSSA of a model with an NF4 residual, time over without",
         1.5,
         measure_ratio(_MODEL, QUANTIZED, PLAIN),
+    ),
+    *(
+        Target(
+            11,
+            f"MiniLM on NF4, error of the outputs, {ours} over LoftQ with 5 rounds",
+            0.7,
+            _measure_quotient(OUTPUTS, ours, "loftq, 5 rounds"),
+        )
+        for ours in ("qera, 5 rounds", "qera, 16 rounds")
+    ),
+    *(
+        Target(
+            11,
+            f"MiniLM on NF4, error of the weights, {ours} over {other}",
+            1.0,
+            _measure_quotient(WEIGHTS, ours, other),
+        )
+        for ours, other in (
+            ("loftq, 5 rounds", "lora"),
+            ("qpissa, 5 rounds", "loftq, 5 rounds"),
+        )
     ),
 )
