@@ -45,7 +45,7 @@ class PlanEntry:
     path: str
     shape: tuple[int, ...]
     rule: Rule
-    num_bytes: int = 0  # of the weight as it is stored
+    num_bytes: int = 0  # of the stored weight
 
     @property
     def num_base_bytes(self) -> int:
@@ -227,7 +227,7 @@ def _make_entry(match: Match, ranks: dict[str, int]) -> PlanEntry:
 
 
 def _count_bytes(leaf: Any) -> int:
-    """Return the bytes of a weight as it is stored."""
+    """Return the bytes of a stored weight."""
     if isinstance(leaf, QuantizedArray):
         return leaf.nbytes
     return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize

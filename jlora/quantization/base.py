@@ -46,7 +46,7 @@ class Format:
 
     def find_block_size(self, num_inputs: int) -> int:
         """Return the number of inputs in a block of a row of so many."""
-        return num_inputs if self.block_size is None else self.block_size
+        return max(num_inputs, 1) if self.block_size is None else self.block_size
 
     @property
     def label(self) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Shaped
 
 from jlora._types import Array, Float
+
+_HUGE = np.float32(2.0**120)
 
 
 def split_blocks(w: Shaped[Array, ...], size: int, axis: int) -> Shaped[Array, ...]:
@@ -44,10 +45,23 @@ def scale_blocks(
     blocks: Float[Array, ...], axis: int
 ) -> tuple[Float[Array, ...], Float[Array, ...]]:
     """Return (blocks scaled to ±1, the largest entry of each)."""
-    largest = jnp.max(jnp.abs(blocks), axis=axis, keepdims=True)
+    largest = find_largest(jnp.abs(blocks), axis)
+    # A huge block is made smaller first: the inverse of its largest entry would be
+    # subnormal, and flushed to zero.
+    down = jnp.where(largest > _HUGE, np.float32(2**-8), np.float32(1))
+    safe = jnp.where(largest > 0, largest * down, 1)
     # bitsandbytes multiplies by the inverse too, which decides codes at a bound.
-    inverse = jnp.where(largest > 0, 1 / jnp.where(largest > 0, largest, 1), 0)
-    return blocks * inverse, jnp.squeeze(largest, axis)
+    inverse = jnp.where(largest > 0, 1 / safe, 0)
+    return blocks * down * inverse, jnp.squeeze(largest, axis)
+
+
+def find_largest(values: Float[Array, ...], axis: int) -> Float[Array, ...]:
+    """Return the largest values along an axis, which stays; NaN counts as Inf.
+
+    XLA's CPU backend drops NaN from a large maximum.
+    """
+    counted = jnp.where(jnp.isnan(values), jnp.inf, values)
+    return jnp.max(counted, axis, keepdims=True)
 
 
 def to_rows(array: Shaped[Array, ...], axis: int) -> Shaped[Array, "*batch n m"]:
@@ -62,10 +76,9 @@ def pack_halves(codes: Array, axis: int) -> Array:
         padding = [(0, 0)] * codes.ndim
         padding[axis] = (0, 1)
         codes = jnp.pad(codes, padding)
-    slice_axis = functools.partial(
-        jax.lax.slice_in_dim, codes, stride=2, axis=axis, limit_index=None
-    )
-    return (slice_axis(start_index=0) << 4) | slice_axis(start_index=1)
+    if axis == -1:
+        return (codes[..., 0::2] << 4) | codes[..., 1::2]
+    return (codes[..., 0::2, :] << 4) | codes[..., 1::2, :]
 
 
 def unpack_halves(packed: Array) -> Array:

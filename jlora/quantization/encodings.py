@@ -16,6 +16,7 @@ import numpy as np
 from jlora._types import Array, Float
 from jlora.quantization.base import Encoded, Format
 from jlora.quantization.blocks import (
+    find_largest,
     join_blocks,
     pack_halves,
     scale_blocks,
@@ -100,8 +101,9 @@ class Int4(Format):
     def encode(self, w: Float[Array, ...], axis: int) -> Encoded:
         num_inputs = w.shape[axis]
         blocks = split_blocks(w, self.find_block_size(num_inputs), axis)
+        # The maximum below turns NaN into Inf, as in every other format.
         low = jnp.minimum(jnp.min(blocks, axis, keepdims=True), 0)
-        high = jnp.maximum(jnp.max(blocks, axis, keepdims=True), 0)
+        high = jnp.maximum(find_largest(blocks, axis), 0)
 
         # Rounded down: then the codes reach from 0 to 15, and a second round trip gives
         # the same scale.
@@ -138,7 +140,7 @@ class FP8(Format):
     def encode(self, w: Float[Array, ...], axis: int) -> Encoded:
         num_inputs = w.shape[axis]
         blocks = split_blocks(w, self.find_block_size(num_inputs), axis)
-        largest = jnp.max(jnp.abs(blocks), axis, keepdims=True)
+        largest = find_largest(jnp.abs(blocks), axis)
 
         # largest is between half of 2 to the exponent and all of it.
         _, exponent = jnp.frexp(largest)

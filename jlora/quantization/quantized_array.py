@@ -96,7 +96,12 @@ class QuantizedArray:
 
         encoded = Encoded(self.codes, read_scales(self.scales), self.zeros)
         rows = self.format.decode(encoded, self.num_inputs)
-        rows = rows.astype(jax.dtypes.canonicalize_dtype(dtype or self.dtype))
+        dtype = jax.dtypes.canonicalize_dtype(dtype or self.dtype)
+        if dtype == jnp.float16:
+            # A level may be just above the largest number of float16.
+            limit = float(jnp.finfo(dtype).max)
+            rows = jnp.clip(rows, -limit, limit)
+        rows = rows.astype(dtype)
         return restore_layout(rows.mT, self.layout, self.shape)
 
     def astype(self, dtype: DTypeLike) -> QuantizedArray:
@@ -145,8 +150,8 @@ def quantize(
         ValueError: an unknown name of a format, or fewer axes than the layout has.
 
     Accuracy: see the formats. NaN or Inf make their block NaN, and with nested scales
-        its matrix. Blocks whose largest entry is below the smallest normal number
-        become zero.
+        its matrix. Blocks whose largest entry is below 1e-35 may become zero. Above
+        1.7e38 a range of int4, and the rounding up of fp8, leave float32.
 
     Gradients: none; a quantised array is a constant.
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jlora import _checks
 from jlora._numerics import safe_divide, to_compute
 from jlora._types import AnyArray, Array, Float
+from jlora.quantization.blocks import find_largest
 from jlora.quantization.levels import NF4_LEVELS
 
 _INT8_STEPS = 127
@@ -104,7 +105,7 @@ def _round_blocks(
     padding = [(0, 0)] * len(batch) + [(0, num_missing), (0, 0)]
     num_blocks = (m + num_missing) // size  # -1 would be undefined for an empty batch
     blocks = jnp.pad(exact, padding).reshape(*batch, num_blocks, size, n)
-    largest = jnp.max(jnp.abs(blocks), axis=-2, keepdims=True)
+    largest = find_largest(jnp.abs(blocks), -2)
     parts = safe_divide(blocks, jnp.broadcast_to(largest, blocks.shape))
 
     is_finite = jnp.isfinite(largest)

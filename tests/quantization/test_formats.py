@@ -215,3 +215,22 @@ def test_labels_and_hashes():
     assert hash(int8(block_size=4)) == hash(int8(block_size=4))
     assert int4() != int4(block_size=64)
     assert jlora.quantization.Format is type(nf4()).__mro__[1]
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8", "int4", "fp8"])
+def test_a_large_weight_keeps_its_nan_a_huge_one_its_values_and_none_is_too_small(name):
+    # XLA's CPU backend drops NaN from the maximum of a large array.
+    w = np.random.default_rng(0).standard_normal((256, 512)).astype(np.float32)
+    w[3, 5] = np.nan
+    assert np.isnan(quantize(jnp.asarray(w), name).dequantize()[3, 5])
+    # The inverse of the largest entry is subnormal.
+    huge = quantize(jnp.full((64, 2), 1e38), name).dequantize()
+    np.testing.assert_allclose(huge, np.full((64, 2), 1e38), rtol=0.07)
+    for shape in ((0, 4), (4, 0)):
+        assert quantize(jnp.zeros(shape), name).dequantize().shape == shape
+
+
+def test_the_largest_numbers_of_float16_stay_finite():
+    w = jnp.full((4, 2), jnp.finfo(jnp.float16).max, jnp.float16)
+    for name in ("nf4", "int8", "int4", "fp8"):
+        assert np.isfinite(quantize(w, name).dequantize()).all()

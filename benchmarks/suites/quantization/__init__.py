@@ -10,7 +10,7 @@ from benchmarks.run.cases import Case
 from benchmarks.suites.quantization.formats import make_format_group
 from benchmarks.suites.quantization.layers import make_layer_group
 from benchmarks.suites.quantization.models import make_model_group
-from benchmarks.suites.quantization.pretrained import RANKS, make_pretrained_group
+from benchmarks.suites.quantization.pretrained import make_pretrained_group
 
 
 def list_groups(level_name, platform):
@@ -26,5 +26,6 @@ def list_groups(level_name, platform):
         make_format_group(Case("llama-3.2-1b", "attention", 16, "normal")),
         make_layer_group(Case("llama-2-7b", "attention", 16, "normal", tokens=512)),
         make_model_group(hidden=2048, layers=8),
-        *(make_pretrained_group(rank) for rank in RANKS),
+        make_pretrained_group(16),
+        *(make_pretrained_group(rank, ("nf4",)) for rank in (8, 64)),
     ]

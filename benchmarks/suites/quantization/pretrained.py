@@ -26,7 +26,6 @@ KINDS = (
     ("mlp", "up"),
     ("mlp", "down"),
 )
-RANKS = (8, 16, 64)
 FORMATS = {"nf4": nf4(), "int4": int4(), "int8": int8()}
 INITIALIZERS = {
     "lora": jlora.initializers.lora(),
