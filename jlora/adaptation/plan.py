@@ -93,7 +93,7 @@ class Plan:
     def __str__(self) -> str:
         is_quantized = any(entry.rule.format is not None for entry in self.entries)
         head = ("path", "shape", "rank", "parameters", "init", "trainable")
-        rows = [(*head, *(_BYTES if is_quantized else ()))]
+        rows: list[tuple[str, ...]] = [(*head, *(_BYTES if is_quantized else ()))]
         for entry in self.entries:
             cells = _list_cells(entry)
             rows.append((*cells, *(_list_bytes(entry) if is_quantized else ())))

@@ -207,12 +207,13 @@ def _read_scales(name: str, absmax: np.ndarray, state: _State, read: Read) -> An
 
 
 def _check_state(state: Mapping[str, Any], owner: object, name: str) -> _State:
-    shape, size = state.get("shape"), state.get("blocksize")
-    nested = state.get("nested_blocksize")
+    shape: Any = state.get("shape")
+    size: Any = state.get("blocksize")
+    nested: Any = state.get("nested_blocksize")
     is_shape = isinstance(shape, list) and len(shape) == 2
     sizes = [*(shape if is_shape else []), size, 1 if nested is None else nested]
     is_known = all(type(each) is int and each > 0 for each in sizes)
-    dtype = state.get("dtype")
+    dtype: Any = state.get("dtype")
     if not is_shape or not is_known or dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(
             f"{owner}: {name} must have a quant_state with a shape of two axes, a "

@@ -141,7 +141,8 @@ def _read_format(
 ) -> tuple[Format, str, tuple[int, ...]]:
     """Return (format, layout, axes) of a description."""
     make = FORMATS.get(str(state.get("format")))
-    layout, axes = state.get("layout"), state.get("axes")
+    layout: Any = state.get("layout")
+    axes: Any = state.get("axes")
     is_layout = isinstance(layout, str) and set(layout) <= set("bio")
     is_axes = isinstance(axes, list) and all(type(size) is int for size in axes)
     if (

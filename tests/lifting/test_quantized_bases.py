@@ -122,12 +122,12 @@ def test_slices_of_outputs_and_matrices_stay_quantised(format):
 
 
 def test_a_slice_of_inputs_is_dequantised():
-    base = quantize(jnp.ones((64, 8)), int8())
+    base = quantize(jnp.ones((64, 8), jnp.float32), int8())
     adapted = jlora.adapt(
         {"w": base},
         jlora.make_plan({"w": base}, jlora.Rule("w", 2, init="lora")),
         key=jax.random.key(0),
     )
     assert isinstance(adapted["w"].base, QuantizedArray)
-    found = jlora.lift(lambda p: jnp.ones((2, 5)) @ p["w"][3:8])(adapted)
+    found = jlora.lift(lambda p: jnp.ones((2, 5), jnp.float32) @ p["w"][3:8])(adapted)
     np.testing.assert_allclose(found, np.full((2, 8), 5.0), rtol=1e-6)

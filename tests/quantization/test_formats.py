@@ -224,10 +224,10 @@ def test_a_large_weight_keeps_its_nan_a_huge_one_its_values_and_none_is_too_smal
     w[3, 5] = np.nan
     assert np.isnan(quantize(jnp.asarray(w), name).dequantize()[3, 5])
     # The inverse of the largest entry is subnormal.
-    huge = quantize(jnp.full((64, 2), 1e38), name).dequantize()
+    huge = quantize(jnp.full((64, 2), 1e38, jnp.float32), name).dequantize()
     np.testing.assert_allclose(huge, np.full((64, 2), 1e38), rtol=0.07)
     for shape in ((0, 4), (4, 0)):
-        assert quantize(jnp.zeros(shape), name).dequantize().shape == shape
+        assert quantize(jnp.zeros(shape, jnp.float32), name).dequantize().shape == shape
 
 
 def test_the_largest_numbers_of_float16_stay_finite():
