@@ -33,7 +33,6 @@ def merge(
             Weights of other dtypes are rounded to the nearest.
         key: one typed PRNG key for "stochastic", consumed; folded with each path. None
             for the others.
-
         requantize: static. True: a weight with a quantised base becomes a
             `QuantizedArray` in the format of that base again. Small deltas are mostly
             lost, see `jlora.adaptation.measure_delta_loss`; outside of jit a warning

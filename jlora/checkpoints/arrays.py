@@ -64,8 +64,7 @@ def load_arrays(path: Path) -> dict[str, Any]:
     arrays: dict[str, Any] = dict(open_checkpoint(path))
     for name in [name for name in arrays if f"{name}{STATE}" in arrays]:
         parts = find_parts(name, arrays)
-        tensors = {part: arrays[part] for part in (name, *parts)}
-        arrays[name] = join_tensors(name, tensors, path)
+        arrays[name] = join_tensors(name, arrays, path)
         for part in parts:
             del arrays[part]
     return arrays

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.checkpoints.quantized_files import check_sizes, read_state, to_bytes
+from jlora.checkpoints.quantized_files import DTYPES, check_sizes, read_state, to_bytes
 from jlora.quantization.base import Format
 from jlora.quantization.formats import int8, nf4
 from jlora.quantization.levels import NF4_LEVELS, list_dynamic_levels
@@ -214,7 +214,7 @@ def _check_state(state: Mapping[str, Any], owner: object, name: str) -> _State:
     sizes = [*(shape if is_shape else []), size, 1 if nested is None else nested]
     is_known = all(type(each) is int and each > 0 for each in sizes)
     dtype: Any = state.get("dtype")
-    if not is_shape or not is_known or dtype not in ("float32", "bfloat16", "float16"):
+    if not is_shape or not is_known or dtype not in DTYPES:
         raise ValueError(
             f"{owner}: {name} must have a quant_state with a shape of two axes, a "
             f"blocksize and a floating dtype, got {dict(state)}. Download the model "

@@ -20,7 +20,7 @@ from jlora.quantization.quantized_array import QuantizedArray
 
 STATE = ".quantized"  # ends the name of the tensor that describes the others
 _PARTS = ("scales", "scales_largest", "scales_offset", "zeros")
-_DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")  # that arrays stand for
 
 
 def list_tensors(name: str, array: QuantizedArray) -> dict[str, np.ndarray]:
@@ -65,7 +65,7 @@ def join_tensors(
 
     Args:
         name: of the array.
-        tensors: by name, with everything that `find_parts` lists.
+        tensors: by name, with at least everything that `find_parts` lists.
         owner: the file, for messages.
 
     Raises:
@@ -147,7 +147,7 @@ def _read_format(
     is_axes = isinstance(axes, list) and all(type(size) is int for size in axes)
     if (
         make is None
-        or state.get("dtype") not in _DTYPES
+        or state.get("dtype") not in DTYPES
         or not (is_layout and is_axes and len(layout) == len(axes))
     ):
         raise ValueError(

@@ -16,8 +16,6 @@ from jlora.checkpoints.folders import read_model_config
 from jlora.quantization.formats import fp8
 from jlora.quantization.quantized_array import QuantizedArray
 
-_DTYPES = ("float32", "bfloat16", "float16")
-
 
 def load_weights(
     path: str | os.PathLike[str], *, dtype: DTypeLike | None = None
@@ -76,7 +74,7 @@ def _find_reader(checkpoint: Checkpoint, name: str, dtype: str) -> Any:
     file = checkpoint.info(name).file
     if f"{name}{quantized_files.STATE}" in checkpoint:
         parts = quantized_files.find_parts(name, checkpoint)
-        read = functools.partial(_read_own, checkpoint, name, parts)
+        read = functools.partial(quantized_files.join_tensors, name, checkpoint, file)
         return read, parts
 
     kind = bitsandbytes_files.find_kind(name, checkpoint)
@@ -103,19 +101,14 @@ def _find_dtype(checkpoint: Checkpoint, dtype: DTypeLike | None) -> str:
     if dtype is None:
         config = read_model_config(checkpoint.path)
         named = str(config.get("dtype") or config.get("torch_dtype"))
-        return named if named in _DTYPES else "bfloat16"
+        return named if named in quantized_files.DTYPES else "bfloat16"
     name = jnp.dtype(dtype).name
-    if name not in _DTYPES:
+    if name not in quantized_files.DTYPES:
         raise TypeError(
             f"`dtype` must be float32, bfloat16 or float16, got {name}. Choose one of "
             "them."
         )
     return name
-
-
-def _read_own(checkpoint: Checkpoint, name: str, parts: list[str]) -> QuantizedArray:
-    tensors = {part: checkpoint[part] for part in (name, *parts)}
-    return quantized_files.join_tensors(name, tensors, checkpoint.info(name).file)
 
 
 def _read_fp8(checkpoint: Checkpoint, name: str, dtype: str) -> QuantizedArray:

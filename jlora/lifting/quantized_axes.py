@@ -33,18 +33,16 @@ def map_base_axis(
         return None
     from jlora.quantization.scales import read_scales  # on use, as the formats
 
-    scales = base.scales
     if letter == "b":
         place = list_axes(layout, "b").index(axis)
     else:
         place = base.codes.ndim - 2
-        scales = read_scales(scales)  # nested ones are shared by several outputs
+        # Nested scales are shared by several outputs.
+        base = dataclasses.replace(base, scales=read_scales(base.scales))
 
-    parts = (base.codes, scales, base.zeros)
-    codes, scales, zeros = jax.tree.map(lambda leaf: fn(leaf, place), parts)
+    mapped = jax.tree.map(lambda leaf: fn(leaf, place), base)
     shape = list(base.shape)
-    shape[axis] = codes.shape[place]
-    mapped = dataclasses.replace(base, codes=codes, scales=scales, zeros=zeros)
+    shape[axis] = mapped.codes.shape[place]
     return mapped.view(layout, shape)
 
 
@@ -54,12 +52,10 @@ def squeeze_base(
     """Return the base without some axes of size one."""
     batch = list_axes(layout, "b")
     places = [batch.index(axis) for axis in axes if axis in batch]
-    parts = (base.codes, base.scales, base.zeros)
-    codes, scales, zeros = jax.tree.map(lambda leaf: lax.squeeze(leaf, places), parts)
+    squeezed = jax.tree.map(lambda leaf: lax.squeeze(leaf, places), base)
 
     kept = [axis for axis in range(len(layout)) if axis not in axes]
     shape = [base.shape[axis] for axis in kept]
-    squeezed = dataclasses.replace(base, codes=codes, scales=scales, zeros=zeros)
     return squeezed.view("".join(layout[axis] for axis in kept), shape)
 
 
@@ -135,11 +131,9 @@ def _look_up_matrices(
         missing = is_outside.reshape(*indices.shape, *(1,) * (taken.ndim - num_new))
         return jnp.where(missing, jnp.asarray(jnp.nan, taken.dtype), taken)
 
-    parts = (base.codes, base.scales, base.zeros)
-    codes, scales, zeros = jax.tree.map(take, parts)
     shape = list(base.shape)
     del shape[axis]
-    taken = dataclasses.replace(base, codes=codes, scales=scales, zeros=zeros)
+    taken = jax.tree.map(take, base)
     new_layout = "b" * num_new + layout[:axis] + layout[axis + 1 :]
     return taken.view(new_layout, [*indices.shape, *shape])
 

@@ -106,8 +106,7 @@ def _apply(
     num_columns: int | None,
     is_transposed: bool,
 ) -> Array:
-    thin = None if factors is None else _multiply_thin(x, factors.u)
-    return _sum_products(x, base, thin, factors and factors.v, is_transposed)
+    return _apply_forward(x, base, factors, num_columns, is_transposed)[0]
 
 
 def _apply_forward(

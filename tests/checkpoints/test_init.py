@@ -14,6 +14,7 @@ from jlora.checkpoints import (
     open_checkpoint,
     window_store,
 )
+from tests.helpers.killed_runs import list_bytes
 
 KEY = jax.random.key(0)
 NAMES = [f"model.layers.{i}.{name}_proj.weight" for i in range(2) for name in "qv"]
@@ -44,11 +45,6 @@ def make_model(folder, dtype=np.float32, **config):
 
 def initialize(*args, **settings):
     return initialize_checkpoint(*args, key=KEY, progress=False, **settings)
-
-
-def list_bytes(folder):
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float64])

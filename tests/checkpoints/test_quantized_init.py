@@ -10,13 +10,9 @@ import jlora
 from jlora.checkpoints import initialize_checkpoint, load_weights
 from jlora.cli.main import main
 from jlora.quantization import QuantizedArray, int8, nf4
+from tests.helpers.killed_runs import list_bytes
 
 KEY = jax.random.key(0)
-
-
-def list_bytes(folder):
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def write_model(folder, inputs=128, num_files=1):

@@ -39,10 +39,10 @@ def _measure_quotient(kind, ours, other):
 
     def measure(found):
         keys = [(*_PRETRAINED, name_setting(name, "nf4")) for name in (ours, other)]
-        errors = [found[key]["errors"].get(kind) for key in keys if key in found]
-        return (
-            errors[0] / errors[1] if len(errors) == 2 and None not in errors else None
-        )
+        if any(key not in found for key in keys):
+            return None
+        our_error, other_error = (found[key]["errors"][kind] for key in keys)
+        return our_error / other_error
 
     return measure
 

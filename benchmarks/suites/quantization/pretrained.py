@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
-from benchmarks.models.minilm import embed_tokens, load_minilm, trace_layers
+from benchmarks.models.minilm import load_minilm
 from benchmarks.run.cases import Case, NamedCase
 from benchmarks.run.contenders import Contender, Group, Prepared
+from benchmarks.tasks.data.conversations import read_conversations
+from benchmarks.tasks.sentences import Encoder, measure_moments, run_frozen
 from jlora.initializers import loftq, pissa, qera, qpissa
 from jlora.quantization import int4, int8, nf4
 
@@ -78,63 +80,33 @@ def name_setting(initializer, format):
 def _make_inputs():
     """Return (weights, second moments to calibrate on, others to measure with)."""
     params = load_minilm()
-    weights = {
-        "/".join(kind): np.stack(
-            [layer[kind[0]][kind[1]]["w"] for layer in params["layers"]]
-        )
-        for kind in KINDS
-    }
-    ids, mask = _read_sentences()
+    weights = _stack(params["layers"])
+    # No layer is frozen: the sentences are the inputs of the first one.
+    encoder = Encoder({**params, "layers": []}, params["layers"])
+    sentences = run_frozen(encoder, _read_texts(), _LENGTH)
+    numbers = np.arange(len(sentences.x))
     moments = [
-        _measure_moments(params, ids[start::2], mask[start::2]) for start in range(2)
+        _stack(measure_moments(encoder.layers, sentences.take(numbers[start::2])))
+        for start in range(2)
     ]
     return weights, *moments
 
 
-def _read_sentences():
-    """Return (token ids, mask) of all questions and answers, in turn."""
-    from tokenizers import Tokenizer
-
-    from benchmarks.models.minilm import find_minilm
-    from benchmarks.tasks.data.conversations import read_conversations
-
+def _read_texts():
+    """Return all questions and answers, in turn."""
     pairs = [pair for topic in read_conversations().values() for pair in topic]
     texts = [text for pair in pairs for text in pair]
     # Neighbours are a question and its answer: both halves hold questions.
     order = np.random.default_rng(0).permutation(len(texts))
-    tokenizer = Tokenizer.from_file(str(find_minilm() / "tokenizer.json"))
-    tokenizer.enable_truncation(_LENGTH)
-    tokenizer.enable_padding(length=_LENGTH)
-    encoded = tokenizer.encode_batch([texts[i] for i in order])
-    ids = np.array([each.ids for each in encoded], np.int32)
-    return ids, np.array([each.attention_mask for each in encoded], np.int32)
+    return [texts[i] for i in order]
 
 
-def _measure_moments(params, ids, mask):
-    """Return {matrix: second moments [6, m, m] of its inputs}."""
-    found = _trace_moments(params, ids, mask)
+def _stack(layers):
+    """Return {matrix: the arrays [6, ...] of all layers}."""
     return {
-        f"{block}/{name}": np.stack([layer[block][name] for layer in found])
+        f"{block}/{name}": np.stack([layer[block][name]["w"] for layer in layers])
         for block, name in KINDS
     }
-
-
-@jax.jit
-def _trace_moments(params, ids, mask):
-    x = embed_tokens(params["embeddings"], ids)
-    _, inputs = trace_layers(params["layers"], x, mask)
-    is_token = mask.astype(x.dtype)[..., None]
-
-    def square(x):
-        return jnp.einsum("btm,btn->mn", is_token * x, x)
-
-    return [
-        {
-            block: {name: square(part["w"]) for name, part in layer[block].items()}
-            for block in layer
-        }
-        for layer in inputs
-    ]
 
 
 def _prepare(weights, moments, held_out, *, rank, init, format):
