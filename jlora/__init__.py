@@ -15,25 +15,11 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from jlora import (  # noqa: F401
-    adaptation,
     factorization,
-    initializers,
     quantization,
     rank_selection,
     reconstruction,
     updates,
-)
-from jlora.adaptation import (
-    AdaptedWeight,
-    RankBudget,
-    RankRule,
-    Rule,
-    adapt,
-    join,
-    linear,
-    make_plan,
-    merge,
-    split_trainable,
 )
 from jlora.factorization import (
     adaptive_svd,
@@ -48,8 +34,26 @@ from jlora.reconstruction import apply_factors, apply_many, reconstruct, stack_f
 from jlora.updates import concatenate_factors, recompress, set_columns
 
 if _TYPE_CHECKING:
-    from jlora import checkpoints, lifting, training  # noqa: F401
-    from jlora.adaptation import diagnose
+    from jlora import (  # noqa: F401
+        adaptation,
+        checkpoints,
+        initializers,
+        lifting,
+        training,
+    )
+    from jlora.adaptation import (
+        AdaptedWeight,
+        RankBudget,
+        RankRule,
+        Rule,
+        adapt,
+        diagnose,
+        join,
+        linear,
+        make_plan,
+        merge,
+        split_trainable,
+    )
     from jlora.checkpoints import load_arrays, load_peft, save_arrays, save_peft
     from jlora.lifting import lift, on_merged
     from jlora.training import fit, init_train, optimizers, train_step  # noqa: F401
@@ -57,8 +61,21 @@ if _TYPE_CHECKING:
 # Modules that a program of kernels does not need are imported on their first use:
 # with them the import of jlora takes a tenth longer than importing JAX and optax.
 _ON_USE = {
-    "adaptation.diagnostics": ("diagnose",),
+    "adaptation": (
+        "AdaptedWeight",
+        "RankBudget",
+        "RankRule",
+        "Rule",
+        "adapt",
+        "diagnose",
+        "join",
+        "linear",
+        "make_plan",
+        "merge",
+        "split_trainable",
+    ),
     "checkpoints": ("load_arrays", "load_peft", "save_arrays", "save_peft"),
+    "initializers": (),
     "lifting": ("lift", "on_merged"),
     "training": ("fit", "init_train", "optimizers", "train_step"),
 }
