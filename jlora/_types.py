@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int, Key
+from jaxtyping import Bool, Float, Int, Key, UInt
 
 __all__ = [
     "AnyArray",
@@ -20,6 +20,7 @@ __all__ = [
     "PRNGKey",
     "Scalar",
     "Tree",
+    "UInt",
 ]
 
 Array: TypeAlias = jax.Array

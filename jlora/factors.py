@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 
 from jlora import _checks
+from jlora._sharding import follow_axes
 from jlora._types import Array, Bool, Float, Int
 
 __all__ = ["SVD", "Factors", "fix_signs", "split_svd"]
@@ -42,6 +43,12 @@ class Factors(NamedTuple):
 
     u: Float[Array, "*batch m r"]
     v: Float[Array, "*batch r n"]
+
+
+# The axes of both as arguments and results of `follow_axes`. "_" is never sharded.
+SVD_AXES = ("*b m r", "*b r", "*b r n")
+NEW_SVD_AXES: Any = SVD("*b m _", "*b _", "*b _ n")  # type: ignore[arg-type]
+NEW_FACTORS_AXES: Any = Factors("*b m _", "*b _ n")  # type: ignore[arg-type]
 
 
 def split_svd(
@@ -108,7 +115,12 @@ def fix_signs(svd: SVD) -> SVD:
         >>> jlora.factors.fix_signs(svd).u.round(3).tolist()
         [[1.0, 0.0], [0.0, 1.0]]
     """
-    u, s, vt = check_svd(svd)
+    return _fix_signs(SVD(*check_svd(svd)))
+
+
+@follow_axes(SVD_AXES, result=NEW_SVD_AXES)
+def _fix_signs(svd: SVD) -> SVD:
+    u, s, vt = svd
     largest = jnp.argmax(jnp.abs(u), axis=-2, keepdims=True)
     is_negative = jnp.take_along_axis(u, largest, axis=-2) < 0  # [*batch, 1, r]
     return SVD(jnp.where(is_negative, -u, u), s, jnp.where(is_negative.mT, -vt, vt))

@@ -19,13 +19,14 @@ from jlora._numerics import (
     refuse_derivative,
     safe_divide,
 )
+from jlora._sharding import follow_axes
 from jlora._types import AnyArray, Array, Bool, Float, Int, PRNGKey
 from jlora.factorization.full import decompose_fully
 from jlora.factorization.krylov import add_block, draw_noise, make_first_block
 from jlora.factorization.operators import Matrix, multiply, solve_stored
 from jlora.factorization.projection import Projection, decompose_projection
 from jlora.factorization.sketch import gaussian_sketch
-from jlora.factors import SVD, mask_nonfinite, mask_rank
+from jlora.factors import NEW_SVD_AXES, SVD, mask_nonfinite, mask_rank
 
 _NUM_PROBES = 16
 _BLOCK_SIZE = 16
@@ -61,6 +62,9 @@ class AdaptiveSVD:
     def __iter__(self) -> Iterator[Any]:
         """Yield the SVD, then the rank."""
         return iter((self.svd, self.rank))
+
+
+_AXES: Any = AdaptiveSVD(NEW_SVD_AXES, *["*b"] * 3)  # type: ignore[arg-type]
 
 
 class _ErrorEstimate(NamedTuple):
@@ -150,6 +154,7 @@ def _check_tolerance(tolerance: float) -> None:
 
 
 @functools.partial(jax.jit, static_argnames=("tolerance", "max_rank"))
+@follow_axes("*b m n", None, result=_AXES)
 def _adaptive_svd(
     a: Float[Array, "*batch m n"], key: PRNGKey, tolerance: float, max_rank: int
 ) -> AdaptiveSVD:
@@ -186,7 +191,7 @@ def _decompose_by_blocks(
     sketch_key, noise_key, probe_key, core_key = jax.random.split(key, 4)
     batch, n = a.shape[:-2], a.shape[-1]
     omega = gaussian_sketch(sketch_key, block_size, n, norm.dtype)
-    noise = draw_noise(noise_key, a, omega, max_blocks)
+    noise = draw_noise(noise_key, a, block_size, omega.dtype)
     width = max_blocks * block_size
 
     def is_open(state: _State) -> Bool[Array, ""]:

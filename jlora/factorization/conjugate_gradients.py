@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._numerics import split_scale, times_power_of_two
+from jlora._sharding import vary_as
 from jlora._types import Array, Bool, Float, Int
 
 # Conjugate gradients stop at a relative residual near rounding, or after this many
@@ -70,6 +71,7 @@ def solve_positive(
     product = _dot_columns(residual, direction)
     zeros, is_nonzero = jnp.zeros_like(residual), threshold > 0
     state = _State(0, zeros, residual, direction, product, is_nonzero)
+    state = vary_as(state, residual)._replace(num_steps=0)
     state = jax.lax.while_loop(is_open, iterate, state)
 
     square = _dot_columns(state.residual, state.residual)

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 
 from jlora import _checks
 from jlora._numerics import compute_dtype, frobenius_norm, matmul, power_of_two_scale
+from jlora._sharding import follow_axes
 from jlora._types import AnyArray, Array, Float, PRNGKey
 from jlora.factorization.operators import multiply, solve_stored
 from jlora.factorization.orthonormal import orthonormalize
 from jlora.factorization.sketch import gaussian_sketch
-from jlora.factors import SVD, check_svd
+from jlora.factors import SVD, SVD_AXES, check_svd
 
 
 def estimate_error(
@@ -117,6 +118,7 @@ def estimate_sketch_error(
 
 
 @functools.partial(jax.jit, static_argnames="num_probes")
+@follow_axes("*b m n", SVD_AXES, None, result="*b")
 def _estimate_error(
     a: Float[Array, "*batch m n"], svd: SVD, key: PRNGKey, num_probes: int
 ) -> Float[Array, "*batch"]:
@@ -141,6 +143,7 @@ def _multiply_probes(
 
 
 @jax.jit
+@follow_axes("*b m l", None, result="*b")
 def _estimate_sketch_error(
     sketch: Float[Array, "*batch m l"], key: PRNGKey
 ) -> Float[Array, "*batch"]:

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from jlora._numerics import is_finite, power_of_two_scale, to_compute
+from jlora._sharding import follow_axes
 from jlora._types import Array, Float
-from jlora.factors import SVD, mask_nonfinite
+from jlora.factors import NEW_SVD_AXES, SVD, mask_nonfinite
 
 
 @functools.partial(jax.jit, static_argnames="rank")
+@follow_axes("*b m n", result=NEW_SVD_AXES)
 def decompose_fully(a: Float[Array, "*batch m n"], rank: int) -> SVD:
     """Return the full decomposition in the compute dtype, truncated to `rank`."""
     a = to_compute(a)

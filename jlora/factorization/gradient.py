@@ -17,6 +17,7 @@ from jlora._numerics import (
     split_scale,
     to_compute,
 )
+from jlora._sharding import follow_axes
 from jlora._types import AnyArray, Array, Float, PRNGKey
 from jlora.factorization.conjugate_gradients import solve_positive
 from jlora.factorization.convergence import Converged, converge
@@ -90,14 +91,21 @@ def low_rank_approximation(
     return _approximate(to_compute(a), key, rank)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@follow_axes("*b m n", None, result="*b m n")
 def _approximate(
+    a: Float[Array, "*batch m n"], key: PRNGKey, rank: int
+) -> Float[Array, "*batch m n"]:
+    return _approximate_automatic(a, key, rank)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _approximate_automatic(
     a: Float[Array, "*batch m n"], key: PRNGKey, rank: int
 ) -> Float[Array, "*batch m n"]:
     return _multiply_out(randomized_svd(a, rank, key=key))
 
 
-@_approximate.defjvp
+@_approximate_automatic.defjvp
 def _differentiate_approximation(
     rank: int,
     primals: tuple[Float[Array, "*batch m n"], PRNGKey],

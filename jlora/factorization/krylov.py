@@ -10,15 +10,18 @@ only a band of them, the block bidiagonal, is nonzero.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from jlora._numerics import matmul
-from jlora._types import Array, Float, Int, PRNGKey
+from jlora._sharding import vary_as
+from jlora._types import Array, DTypeLike, Float, Int, PRNGKey
 from jlora.factorization.operators import Matrix, multiply, multiply_transposed
 from jlora.factorization.orthonormal import orthonormalize, orthonormalize_against
 from jlora.factorization.projection import Projection
-from jlora.factorization.sketch import gaussian_sketch
+from jlora.factorization.sketch import gaussian_sketch, hash_uniform
 
 # A block is projected against a static number of rows, filled or not. Two loops, the
 # first of them on half of the rows, save work. Each further segment costs one more
@@ -34,7 +37,7 @@ def project_onto_krylov(
     `omega` is the first right block, [..., b, n], or [b, n] if the batch shares it.
     """
     block_size = omega.shape[-2]
-    noise = draw_noise(key, a, omega, num_blocks)
+    noise = draw_noise(key, a, block_size, omega.dtype)
     projection = make_first_block(a, omega, num_blocks, noise)
 
     first = 0
@@ -51,23 +54,47 @@ def project_onto_krylov(
     return projection
 
 
-def draw_noise(
-    key: PRNGKey, a: Matrix, omega: Float[Array, "... b n"], num_blocks: int
-) -> Float[Array, "b _"]:
-    """Return the noise of all blocks, [b, m + n + num_blocks].
+class BlockNoise(NamedTuple):
+    """Standard normal rows that make dependent rows of a block independent."""
 
-    Block i uses the m + n columns from column i on. A shift by one column works as well
-    as new noise, and costs nothing.
+    left: Float[Array, "b m"]
+    right: Float[Array, "b n"]
+
+
+def draw_noise(
+    key: PRNGKey, a: Matrix, block_size: int, dtype: DTypeLike
+) -> BlockNoise:
+    """Return the noise of the first block, see `vary_noise` for the others.
+
+    Each side has an array of its own, which is sharded as the rows that it is added to.
     """
-    length = a.shape[-2] + a.shape[-1] + num_blocks
-    return gaussian_sketch(key, omega.shape[-2], length, omega.dtype)
+    left_key, right_key = jax.random.split(key)
+    return BlockNoise(
+        gaussian_sketch(left_key, block_size, a.shape[-2], dtype),
+        gaussian_sketch(right_key, block_size, a.shape[-1], dtype),
+    )
+
+
+def vary_noise(noise: BlockNoise, i: Int[Array, ""]) -> BlockNoise:
+    """Return the noise of block i: each column times a weight that depends on i.
+
+    This is as good as new noise, costs one product for each entry, and every device
+    computes its own columns.
+    """
+    return BlockNoise(*(rows * _weigh_columns(rows, i) for rows in noise))
+
+
+def _weigh_columns(rows: Float[Array, "b k"], i: Int[Array, ""]) -> Float[Array, "1 k"]:
+    columns = jnp.arange(rows.shape[-1], dtype=jnp.uint32)[None]
+    step = jnp.uint32(0x9E3779B9)  # neighbouring blocks get unrelated weights
+    return hash_uniform(columns + step * i.astype(jnp.uint32), rows.dtype)
 
 
 def make_first_block(
     a: Matrix,
     omega: Float[Array, "... b n"],
     num_blocks: int,
-    noise: Float[Array, "b _"],
+    noise: BlockNoise,
 ) -> Projection:
     """Return a projection for `num_blocks` blocks, with only the first right one."""
     batch, (m, n) = a.shape[:-2], a.shape[-2:]
@@ -75,44 +102,43 @@ def make_first_block(
     width = num_blocks * block_size
 
     # Before the broadcast: a batch that shares omega orthonormalises it once.
-    first = orthonormalize(omega, noise[:, m : m + n])
+    first = orthonormalize(omega, noise.right)
     first = jnp.broadcast_to(first, (*batch, block_size, n))
     right = jnp.zeros((*batch, width + block_size, n), omega.dtype)
     right = _update_rows(right, first, 0)
 
     left = jnp.zeros((*batch, width, m), omega.dtype)
     core = jnp.zeros((*batch, width, width + block_size), omega.dtype)
-    return Projection(left, core, right)
+    return vary_as(Projection(left, core, right), a)
 
 
 def add_block(
     a: Matrix,
     projection: Projection,
     i: Int[Array, ""],
-    noise: Float[Array, "b _"],
+    noise: BlockNoise,
     width: int,
 ) -> Projection:
     """Return the projection with block i added to both bases, in two passes.
 
     `width` is a static bound on the number of filled left rows, block i included.
     """
-    m, n = a.shape[-2:]
-    block_size = noise.shape[-2]
+    block_size = noise.left.shape[-2]
     left, core, right = projection
     offset = i * block_size
-    noise = jax.lax.dynamic_slice_in_dim(noise, i, m + n, axis=-1)
+    noise = vary_noise(noise, i)
 
     # In exact arithmetic, a @ directionᵀ overlaps only the previous left block.
     previous = _slice_rows(left, jnp.maximum(offset - block_size, 0), block_size)
     direction = _slice_rows(right, offset, block_size)
     new_left, _, _ = orthonormalize_against(
-        left[..., :width, :], previous, multiply(a, direction), noise[:, :m]
+        left[..., :width, :], previous, multiply(a, direction), noise.left
     )
 
     # Likewise, new_left @ a overlaps only the current right block.
     product = multiply_transposed(a, new_left)
     new_right, near_coefficients, coefficients = orthonormalize_against(
-        right[..., : width + block_size, :], direction, product, noise[:, m:]
+        right[..., : width + block_size, :], direction, product, noise.right
     )
 
     # The rows of the core are the coefficients of the product in the right basis.

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._numerics import eye_like, matmul, power_of_two_scale, safe_divide
+from jlora._sharding import vary_as
 from jlora._types import Array, Bool, Float, Int
 from jlora.factorization.sketch import fixed_sketch
 
@@ -125,7 +126,8 @@ def orthonormalize_against(
     gram = matmul(rows, rows.mT)
     zeros = jnp.zeros((*y.shape[:-1], basis.shape[-2]), y.dtype)
     transform = scale * norms * eye_like(gram)
-    state = _ProjectionState(0, rows, gram, zeros, transform)
+    arrays = vary_as((rows, gram, zeros, transform), (basis, y))
+    state = _ProjectionState(0, *arrays)
     state = jax.lax.while_loop(is_unfinished, project, state)
 
     # Rows that are nearly orthonormal need one plain step.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jlora._types import Array, DTypeLike, Float, PRNGKey
+from jlora._types import Array, DTypeLike, Float, PRNGKey, UInt
 
 
 def gaussian_sketch(
@@ -26,11 +26,18 @@ def fixed_sketch(
 
     For functions that take no key and need a little generic noise, not randomness.
     """
-    # The mixing steps of MurmurHash3 (Appleby): the bits of neighbours are unrelated.
-    x = jnp.arange(1, num_rows * num_columns + 1, dtype=jnp.uint32)
+    # From the indices of both axes, so that each device makes its own part.
+    rows = jnp.arange(num_rows, dtype=jnp.uint32)[:, None]
+    columns = jnp.arange(1, num_columns + 1, dtype=jnp.uint32)[None, :]
+    return hash_uniform(rows * jnp.uint32(num_columns) + columns, dtype)
+
+
+def hash_uniform(x: UInt[Array, ...], dtype: DTypeLike) -> Float[Array, ...]:
+    """Return unrelated numbers for the given ones, uniform with mean 0 and variance 1.
+
+    Source: the mixing steps of MurmurHash3 (Appleby).
+    """
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
-
     uniform = (x ^ (x >> 16)).astype(dtype) / jnp.asarray(2.0**32, dtype)
-    unit_variance = (12**0.5 * (uniform - 0.5)).astype(dtype)
-    return unit_variance.reshape(num_rows, num_columns)
+    return (12**0.5 * (uniform - 0.5)).astype(dtype)

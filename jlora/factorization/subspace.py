@@ -34,19 +34,17 @@ def project_onto_subspace(
 
     `omega` is the first right block, [..., b, n], or [b, n] if the batch shares it.
     """
-    batch, (m, n) = a.shape[:-2], a.shape[-2:]
-    noise = draw_noise(key, a, omega, 0)
-    noise_m, noise_n = noise[:, :m], noise[:, m : m + n]
+    noise = draw_noise(key, a, omega.shape[-2], omega.dtype)
 
     def iterate(right: Float[Array, "*batch b n"]) -> _State:
-        left = orthonormalize(multiply(a, right), noise_m)
+        left = orthonormalize(multiply(a, right), noise.left)
         product = multiply_transposed(a, left)
-        return _State(left, product, orthonormalize(product, noise_n))
+        return _State(left, product, orthonormalize(product, noise.right))
 
     def step(_: Int[Array, ""], state: _State) -> _State:
         return iterate(state.right)
 
-    right = orthonormalize(omega, noise_n)
-    state = iterate(jnp.broadcast_to(right, (*batch, *right.shape[-2:])))
+    right = orthonormalize(omega, noise.right)
+    state = iterate(jnp.broadcast_to(right, (*a.shape[:-2], *right.shape[-2:])))
     left, product, right = jax.lax.fori_loop(1, num_iterations, step, state)
     return Projection(left, matmul(product, right.mT), right)

@@ -10,12 +10,13 @@ import jax
 
 from jlora import _checks
 from jlora._numerics import refuse_derivative
+from jlora._sharding import follow_axes
 from jlora._types import AnyArray, Array, Float, PRNGKey
 from jlora.factorization.full import decompose_fully
 from jlora.factorization.iteration import decompose_randomly
 from jlora.factorization.operators import solve_stored
 from jlora.factorization.passes import plan_iteration
-from jlora.factors import SVD, check_svd
+from jlora.factors import NEW_SVD_AXES, SVD, SVD_AXES, check_svd
 
 
 def randomized_svd(
@@ -156,6 +157,7 @@ def _check_warm_start(warm_start: SVD | None, shape: Sequence[int]) -> SVD | Non
 @functools.partial(
     jax.jit, static_argnames=("rank", "num_passes", "block_size", "method")
 )
+@follow_axes("*b m n", None, SVD_AXES, result=NEW_SVD_AXES)
 def _randomized_svd(
     a: Float[Array, "*batch m n"],
     key: PRNGKey,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _checks
+from jlora._sharding import follow_axes
 from jlora._types import AnyArray, Array, DTypeLike, Float
 from jlora.layouts import complete_layout, restore_layout, view_matrix
 from jlora.quantization.base import Encoded, Format
@@ -94,15 +95,19 @@ class QuantizedArray:
         """
         from jlora.quantization.scales import read_scales  # on use, as the formats
 
-        encoded = Encoded(self.codes, read_scales(self.scales), self.zeros)
-        rows = self.format.decode(encoded, self.num_inputs)
         dtype = jax.dtypes.canonicalize_dtype(dtype or self.dtype)
-        if dtype == jnp.float16:
-            # A level may be just above the largest number of float16.
-            limit = float(jnp.finfo(dtype).max)
-            rows = jnp.clip(rows, -limit, limit)
-        rows = rows.astype(dtype)
-        return restore_layout(rows.mT, self.layout, self.shape)
+
+        @follow_axes("*b n m", "*b n m", "*b n m", result=_find_axes(self.layout))
+        def decode(codes: Array, scales: Any, zeros: Array | None) -> Array:
+            encoded = Encoded(codes, read_scales(scales), zeros)
+            rows = self.format.decode(encoded, self.num_inputs)
+            if dtype == jnp.float16:
+                # A level may be just above the largest number of float16.
+                limit = float(jnp.finfo(dtype).max)
+                rows = jnp.clip(rows, -limit, limit)
+            return restore_layout(rows.astype(dtype).mT, self.layout, self.shape)
+
+        return decode(self.codes, self.scales, self.zeros)
 
     def astype(self, dtype: DTypeLike) -> QuantizedArray:
         """Return the same codes, standing for an array of another dtype."""
@@ -206,6 +211,16 @@ class RoundTrip:
 @functools.partial(jax.jit, static_argnames=("format", "layout"))
 def _encode(w: Array, format: Format, layout: str) -> Encoded:
     layout = complete_layout(layout, w.ndim)
+    run = follow_axes(_find_axes(layout), result="*b n m")(_encode_automatic)
+    return run(w, format, layout)
+
+
+def _find_axes(layout: str) -> str | None:
+    """Return the axes of matrices in a layout, or None for another layout."""
+    return {"io": "*b m n", "oi": "*b n m"}.get(layout.lstrip("b"))
+
+
+def _encode_automatic(w: Array, format: Format, layout: str) -> Encoded:
     # Read the weights in the order in which they are stored: a transposition of floats
     # takes longer than all the rest on a CPU.
     if layout.rindex("o") < layout.index("i"):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jlora import _checks
 from jlora._numerics import common_dtype, matmul_activations, thin_dtype
+from jlora._sharding import follow_axes
 from jlora._types import AnyArray, Array, Float, Scalar
 from jlora.factors import Factors
 from jlora.quantization.quantized_array import QuantizedArray
@@ -80,6 +81,22 @@ def apply_factors(
 
 @functools.partial(jax.jit, inline=True, static_argnames="num_columns")
 def _apply(
+    x: Array,
+    u: Array,
+    v: Array,
+    base: Array | QuantizedArray | None,
+    scale: Scalar,
+    num_columns: int | None,
+) -> Array:
+    # A batch of weights may be broadcast against one x.
+    result = "*x n" if x.ndim >= u.ndim else "*b _ n"
+    of_base = None if isinstance(base, QuantizedArray) else "*b m n"
+    arrays = "*x m", "*b m r", "*b r n", of_base, None
+    run = follow_axes(*arrays, result=result)(_apply_automatic)
+    return run(x, u, v, base, scale, num_columns)
+
+
+def _apply_automatic(
     x: Array,
     u: Array,
     v: Array,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jlora import _checks
 from jlora._dispatch import choose
 from jlora._numerics import compute_dtype
+from jlora._sharding import follow_axes
 from jlora._types import Array, DTypeLike, Float, PRNGKey, Scalar
 from jlora.factors import Factors
 from jlora.reconstruction.arguments import (
@@ -196,6 +197,7 @@ def choose_implementation(
     return choose(IMPLEMENTATIONS, implementation, platform, arrays, spec).name
 
 
+@follow_axes("*b m n", "*b m r", "*b r n", None, None, None, result="*b m n")
 def _run(
     bases: Bases,
     u: Array,

@@ -18,6 +18,7 @@ from jlora._dispatch import (
     run_first,
 )
 from jlora._numerics import compute_dtype, matmul_activations, thin_dtype, to_compute
+from jlora._sharding import follow_axes
 from jlora._types import AnyArray, Array, Float, Int, Scalar
 from jlora.factors import Factors, pad_rank
 from jlora.reconstruction.apply import choose_dtypes
@@ -212,6 +213,7 @@ def _check_index(index: AnyArray, shape: tuple[int, ...], num_adapters: int) -> 
 
 
 @jax.jit(static_argnames="implementation")
+@follow_axes("*x m", "a m r", "a r n", "*x", "m n", None, result="*x n")
 def _apply_many(
     x: Array,
     u: Array,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._numerics import common_dtype, matmul_activations, thin_dtype
+from jlora._sharding import follow_axes
 from jlora._types import AnyArray, Array, Float
 from jlora.factors import Factors
 from jlora.quantization.base import Encoded
@@ -83,7 +84,12 @@ def apply_quantized(
         factors = Factors(u.astype(dtype), v.astype(thin_dtype(dtype)))
     if num_columns == num_kept:
         num_columns = None
-    return _apply(x.astype(dtype), base, factors, num_columns, is_transposed)
+    # Codes are stored as [..., n, bytes of m].
+    m, n = ("n", "m") if is_transposed else ("m", "n")
+    of_factors = None if factors is None else (f"*b {m} r", f"*b r {n}")
+    axes = f"*x {m}", "*b n m", of_factors
+    run = follow_axes(*axes, result=f"*x {n}")(_apply)
+    return run(x.astype(dtype), base, factors, num_columns, is_transposed)
 
 
 def _check_factors(factors: Factors, shape: tuple[int, ...]) -> None:

@@ -22,12 +22,21 @@ from jlora._numerics import (
     times_power_of_two,
     to_compute,
 )
+from jlora._sharding import follow_axes
 from jlora._types import AnyArray, Array, Float
 from jlora.factorization.core import decompose_core
 from jlora.factorization.derivative import differentiate_product
 from jlora.factorization.orthonormal import orthonormalize
 from jlora.factorization.sketch import fixed_sketch
-from jlora.factors import SVD, check_svd, fix_signs, mask_nonfinite, truncate_svd
+from jlora.factors import (
+    NEW_SVD_AXES,
+    SVD,
+    SVD_AXES,
+    check_svd,
+    fix_signs,
+    mask_nonfinite,
+    truncate_svd,
+)
 from jlora.updates.products import decompose_product, equilibrate
 
 
@@ -124,7 +133,7 @@ def append_columns(
     # [a c] = [a 0] + c [0 I]
     unit = jnp.eye(k, vt.shape[-1] + k, vt.shape[-1], dtype=vt.dtype)
     unit = jnp.broadcast_to(unit, (*u.shape[:-2], *unit.shape))
-    wider = SVD(u, s, jnp.pad(vt, [(0, 0)] * (vt.ndim - 1) + [(0, k)]))
+    wider = SVD(u, s, _append_zeros(vt, k, -1))
     return add_low_rank(wider, c, unit, rank=rank)
 
 
@@ -163,11 +172,20 @@ def append_rows(
     # The new rows are [0; I] times themselves.
     unit = jnp.eye(u.shape[-2] + k, k, -u.shape[-2], dtype=u.dtype)
     unit = jnp.broadcast_to(unit, (*u.shape[:-2], *unit.shape))
-    taller = SVD(jnp.pad(u, [(0, 0)] * (u.ndim - 2) + [(0, k), (0, 0)]), s, vt)
+    taller = SVD(_append_zeros(u, k, -2), s, vt)
     return add_low_rank(taller, unit, rows, rank=rank)
 
 
+@functools.partial(jax.jit, static_argnames=("k", "axis"))
+@follow_axes("*b p q", result="*b p q")
+def _append_zeros(array: Array, k: int, axis: int) -> Array:
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, k)
+    return jnp.pad(array, widths)
+
+
 @functools.partial(jax.jit, static_argnames="rank")
+@follow_axes(SVD_AXES, "*b m k", "*b k n", result=NEW_SVD_AXES)
 def _add_low_rank(svd: SVD, x: Array, y: Array, rank: int) -> SVD:
     u, s, vt, x, y = to_compute(*svd, x, y)
     if u.shape[-1] + x.shape[-1] > min(u.shape[-2], vt.shape[-1]):

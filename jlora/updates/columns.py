@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, overload
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -11,8 +12,9 @@ from jax.core import Tracer
 from jlora import _checks
 from jlora._columns import Columns, check_columns
 from jlora._numerics import to_compute
-from jlora._types import AnyArray, Float
-from jlora.factors import SVD, Factors, check_svd
+from jlora._sharding import follow_axes
+from jlora._types import AnyArray, Array, Float, Int
+from jlora.factors import NEW_FACTORS_AXES, SVD, SVD_AXES, Factors, check_svd
 from jlora.updates.products import decompose_product
 
 
@@ -76,8 +78,16 @@ def set_columns(
     meaning = "rank rows, one column for each set"
     _checks.check_shape(values.shape, expected, "values", meaning)
 
-    v = v.at[..., indices].set(values.astype(v.dtype))
+    v = _put_columns(v, jnp.asarray(indices), values.astype(v.dtype))
     return decompose_product(u, v, v.shape[-2]) if is_svd else Factors(u, v)
+
+
+@jax.jit
+@follow_axes("*b r n", None, None, result="*b r n")
+def _put_columns(
+    v: Float[Array, "*batch r n"], indices: Int[Array, " k"], values: Array
+) -> Float[Array, "*batch r n"]:
+    return v.at[..., indices].set(values)
 
 
 def _is_svd(factors: Any) -> bool:
@@ -134,12 +144,22 @@ def replace_columns(
 
     # [u diag(s), c] @ [vt with zeros in these columns; ones there]. The old columns are
     # not read: NaN in them does no harm, and large values cost no accuracy.
-    u, s, vt, c = to_compute(u, s, vt, c)
-    kept = vt.at[..., indices].set(0)
+    left, right = _replace_columns(SVD(u, s, vt), c, jnp.asarray(indices))
+    return decompose_product(left, right, rank)
+
+
+@jax.jit
+@follow_axes(SVD_AXES, "*b m k", None, result=NEW_FACTORS_AXES)
+def _replace_columns(
+    svd: SVD, c: Float[Array, "*batch m k"], indices: Int[Array, " k"]
+) -> Factors:
+    u, s, vt, c = to_compute(*svd, c)
+    k, n = c.shape[-1], vt.shape[-1]
     selection = jnp.zeros((k, n), vt.dtype).at[jnp.arange(k), indices].set(1)
     selection = jnp.broadcast_to(selection, (*vt.shape[:-2], k, n))
+    kept = vt.at[..., indices].set(0)
     left = jnp.concatenate([u * s[..., None, :], c], axis=-1)
-    return decompose_product(left, jnp.concatenate([kept, selection], axis=-2), rank)
+    return Factors(left, jnp.concatenate([kept, selection], axis=-2))
 
 
 def remove_columns(svd: SVD, columns: Columns) -> SVD:
@@ -185,4 +205,12 @@ def remove_columns(svd: SVD, columns: Columns) -> SVD:
 
     kept = np.delete(np.arange(n), indices)
     rank = min(s.shape[-1], len(kept))
-    return decompose_product(u, s[..., None] * vt[..., kept], rank)
+    return decompose_product(u, s[..., None] * _take_columns(vt, kept), rank)
+
+
+@jax.jit
+@follow_axes("*b r n", None, result="*b r n")
+def _take_columns(
+    v: Float[Array, "*batch r n"], indices: Int[Array, " k"]
+) -> Float[Array, "*batch r k"]:
+    return v[..., indices]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,14 @@ from jlora._numerics import (
     times_power_of_two,
     to_compute,
 )
+from jlora._sharding import follow_axes
 from jlora._types import Array, Float, Int
 from jlora.factorization.core import decompose_core
 from jlora.factorization.derivative import differentiate_product
 from jlora.factorization.orthonormal import factor_rows
 from jlora.factorization.sketch import fixed_sketch
 from jlora.factors import (
+    NEW_SVD_AXES,
     SVD,
     Factors,
     fix_signs,
@@ -51,6 +53,9 @@ class ScaledSVD(NamedTuple):
     exponent: Int[Array, "*batch 1 1"]
 
 
+_SCALED_AXES: Any = ScaledSVD(NEW_SVD_AXES, "*b _ _")  # type: ignore[arg-type]
+
+
 def decompose_product(
     u: Float[Array, "*batch m k"], v: Float[Array, "*batch k n"], rank: int
 ) -> SVD:
@@ -74,6 +79,7 @@ def balance_product(
 
 
 @functools.partial(jax.jit, static_argnames="rank")
+@follow_axes("*b m k", "*b k n", result=_SCALED_AXES)
 def decompose_scaled(
     u: Float[Array, "*batch m k"], v: Float[Array, "*batch k n"], rank: int
 ) -> ScaledSVD:

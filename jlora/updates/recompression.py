@@ -15,11 +15,13 @@ from jlora._numerics import (
     times_power_of_two,
     to_compute,
 )
+from jlora._sharding import follow_axes
 from jlora._types import Array, Float, PRNGKey, Scalar
 from jlora.factorization.iteration import decompose_randomly
 from jlora.factorization.operators import ImplicitProduct
 from jlora.factorization.passes import plan_iteration
 from jlora.factors import (
+    NEW_SVD_AXES,
     SVD,
     Factors,
     fix_signs,
@@ -226,6 +228,7 @@ def orthogonalize_product(factors: Factors) -> Factors:
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "num_passes", "block_size"))
+@follow_axes("*b m k", "*b k n", None, result=NEW_SVD_AXES)
 def _recompress_randomly(
     u: Float[Array, "*batch m k"],
     v: Float[Array, "*batch k n"],

@@ -15,6 +15,7 @@ PACKAGES = [
     "_checks",
     "_columns",
     "_numerics",
+    "_sharding",
     "_dispatch",
     "_progress",
     "factors",
