@@ -21,8 +21,8 @@ from jlora._types import Array, Tree
 Parameters = ParamSpec("Parameters")
 ResultT = TypeVar("ResultT")
 
-# The axes of an array in words, "*batch m n"; a tree of such texts for a tree of
-# arrays; None for keys, scalars and results that are replicated.
+# The axes of an array in words, "*batch m n", which also stand for all arrays of a
+# tree; a tuple of such texts for a tuple. None for keys and scalars.
 Axes: TypeAlias = Any
 _Names: TypeAlias = dict[str, Any]  # the entry of a PartitionSpec for each axis
 
@@ -124,25 +124,30 @@ def _is_whole(entry: Any) -> bool:
 
 def _place(axes: Axes, shapes: Any, names: _Names, mesh: Any) -> Any:
     """Return the shardings of a result, a tree as its shapes."""
-    if axes is None or isinstance(axes, str):
-        text = axes or ""
-        return jax.tree.map(
-            lambda shape: _place_array(text, shape, names, mesh), shapes
-        )
-    parts = jax.tree.leaves(axes, is_leaf=lambda part: part is None)
-    leaves, structure = jax.tree.flatten(shapes)
-    placed = map(functools.partial(_place_array, names=names, mesh=mesh), parts, leaves)
-    return structure.unflatten(placed)
+    texts = jax.tree.broadcast(axes, shapes, is_leaf=lambda part: part is None)
+    return jax.tree.map(
+        lambda shape, text: place_axes(text, shape.shape, names, mesh), shapes, texts
+    )
 
 
-def _place_array(text: str | None, shape: Any, names: _Names, mesh: Any) -> Any:
+def place_axes(
+    text: str, shape: tuple[int, ...], names: dict[str, Any], mesh: Any
+) -> NamedSharding:
+    """Return the sharding of an array, see `follow_axes`.
+
+    Args:
+        text: the names of its axes.
+        shape: of the array.
+        names: the entry of a PartitionSpec for each name.
+        mesh: the mesh.
+    """
     entries: list[Any] = []
-    for name in (text or "").split():
+    for name in text.split():
         found = names.get(name)
         entries += found or () if name.startswith("*") else [found]
-    if len(entries) != shape.ndim:
+    if len(entries) != len(shape):
         entries = []
-    kept = _keep_dividing(entries, shape.shape, mesh)
+    kept = _keep_dividing(entries, shape, mesh)
     return NamedSharding(mesh, PartitionSpec(*_drop_repeated(kept)))
 
 

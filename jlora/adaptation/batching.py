@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from jax.sharding import Mesh
+
 from jlora import _checks
 from jlora._progress import Progress
 from jlora._types import PRNGKey, Tree
 from jlora.adaptation.chunks import adapt_group, choose_chunk_size
 from jlora.adaptation.data import list_data
 from jlora.adaptation.lazy_arrays import open_tree
+from jlora.adaptation.mesh_groups import adapt_mesh_group, group_tasks
 from jlora.adaptation.paths import map_leaves
 from jlora.adaptation.plan import Plan
-from jlora.adaptation.tasks import WeightTask, identify_program, list_tasks
+from jlora.adaptation.tasks import list_tasks
 from jlora.adaptation.traced import adapt_traced
 
 
@@ -23,12 +26,17 @@ def adapt(
     max_bytes: int | None = None,
     donate: bool = False,
     progress: bool | None = None,
+    mesh: Mesh | None = None,
 ) -> Tree:
     """Return the tree with an `AdaptedWeight` in place of each weight of the plan.
 
     Weights of one shape share a compiled program, which runs in chunks under a memory
     limit. NumPy arrays are moved to the device chunk by chunk, and their bases back.
     Other leaves, and bases that an initializer leaves unchanged, stay the same objects.
+
+    A weight that is sharded over a mesh stays so, and its factors follow it axis by
+    axis: u is sharded as the inputs, v as the outputs, both as the batch axes. Weights
+    of one shape are decomposed in the way that costs least there, see `make_plan`.
 
     Args:
         params: pytree of arrays that the plan was made for, or an open checkpoint
@@ -48,6 +56,10 @@ def adapt(
             afterwards, even if `adapt` raises. NumPy arrays are not donated.
         progress: None: a bar of the matrices done on a terminal, with bytes per second.
             True: plain lines elsewhere too. False: neither.
+        mesh: over whose devices the matrices of weights are dealt out that lie on one
+            device or on the host; their results return there. If it does not divide
+            the number of matrices, some devices decompose a matrix of zeros. Weights
+            on a mesh need none. None: these weights are decomposed on one device.
 
     Returns:
         The tree. base + scale * u @ v equals the weight up to the rounding of the base,
@@ -55,11 +67,13 @@ def adapt(
         ("difference").
 
     Raises:
-        TypeError: `plan` is no Plan, `key` no typed key, or a weight is abstract.
+        TypeError: `plan` is no Plan, `key` no typed key, `mesh` no mesh, or a weight is
+            abstract.
         ValueError: a planned weight is missing or has another shape, was donated
             before, holds NaN or Inf, or does not fit into `max_bytes`; no `data` for an
-            initializer that needs it (all with the path; values are not checked under
-            jit).
+            initializer that needs it; weights on meshes of different devices, or a
+            `parallel` of its rule that its sharding does not allow (all with the path;
+            values are not checked under jit).
 
     Cost: one decomposition for each weight, see `randomized_svd`. Compiled programs:
         one for each shape, layout, dtype, rank and initializer. Memory: the bases, and
@@ -92,24 +106,19 @@ def adapt(
     params = open_tree(params)
     tasks = list_tasks(params, plan, list_data(data), key, donate=donate)
     adapted = {t.entry.path: adapt_traced(t) for t in tasks if t.is_traced}
-    groups = _group_tasks([task for task in tasks if not task.is_traced])
+    groups, placed_groups = group_tasks([t for t in tasks if not t.is_traced], mesh)
 
     # Refuse a matrix that does not fit before the first one is decomposed.
     sizes = [choose_chunk_size(members[0], max_bytes) for members in groups]
+    placed_sizes = [choose_chunk_size(g.tasks[0], max_bytes) for g in placed_groups]
     total = sum(task.num_matrices for task in tasks)
     quiet = progress is None
     bar = Progress("adapt", total, enabled=progress, is_quiet=quiet, unit="matrices")
     try:
         for members, size in zip(groups, sizes, strict=True):
             adapted |= adapt_group(members, size, bar)
+        for group, size in zip(placed_groups, placed_sizes, strict=True):
+            adapted |= adapt_mesh_group(group, size, bar)
     finally:
         bar.close()
     return map_leaves(lambda path, leaf: adapted.get(path, leaf), params)
-
-
-def _group_tasks(tasks: list[WeightTask]) -> list[list[WeightTask]]:
-    """Return the tasks grouped by the program that they run."""
-    groups: dict[tuple, list[WeightTask]] = {}
-    for task in tasks:
-        groups.setdefault(identify_program(task), []).append(task)
-    return list(groups.values())

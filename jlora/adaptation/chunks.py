@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,8 @@ _CHUNK_ELEMENTS = {"cpu": 1, "gpu": 2**25, "tpu": 2**25}
 _CPU_BYTES = 2**30
 
 _Chunk = tuple[MatrixRef, ...]
+# (ws, scales, keys, datas) of a chunk -> the results of its matrices
+RunChunk: TypeAlias = Callable[..., tuple[InitializedMatrix, ...]]
 
 
 def choose_chunk_size(
@@ -78,9 +81,13 @@ def _find_free_bytes() -> int:
 
 
 def adapt_group(
-    tasks: list[WeightTask], size: int, bar: Progress
+    tasks: list[WeightTask], size: int, bar: Progress, run: RunChunk | None = None
 ) -> dict[str, AdaptedWeight]:
-    """Return {path: AdaptedWeight} of tasks that share a program, chunk by chunk."""
+    """Return {path: AdaptedWeight} of tasks that share a program, chunk by chunk.
+
+    `run` takes and returns what `initialize_chunk` does. None: on one device.
+    """
+    run = _choose_program(tasks[0]) if run is None else run
     builders = {task.entry.path: WeightBuilder(task) for task in tasks}
     refs = (MatrixRef(task, i) for task in tasks for i in range(task.num_matrices))
 
@@ -88,7 +95,7 @@ def adapt_group(
     max_waiting = 0 if jax.default_backend() == "cpu" else 1
     waiting: list[tuple[_Chunk, tuple[InitializedMatrix, ...]]] = []
     for chunk in _split_into_chunks(refs, size):
-        waiting.append((chunk, _dispatch(chunk, builders, size)))
+        waiting.append((chunk, _dispatch(chunk, builders, size, run)))
         if len(waiting) > max_waiting:
             chunk, results = waiting.pop(0)
             _collect(chunk, results, builders, bar)
@@ -107,11 +114,24 @@ def _split_into_chunks(
         yield chunk
 
 
+def _choose_program(task: WeightTask) -> RunChunk:
+    # A quantised base cannot take the buffer; the builder deletes it.
+    is_donated = task.donate and task.spec.format is None
+    program = compile_donated_chunk if is_donated else compile_chunk
+
+    def run(ws: tuple[Any, ...], *rest: Any) -> tuple[InitializedMatrix, ...]:
+        return program(tuple(map(jnp.asarray, ws)), *rest, spec=task.spec)
+
+    return run
+
+
 def _dispatch(
-    chunk: tuple[MatrixRef, ...], builders: dict[str, WeightBuilder], size: int
+    chunk: tuple[MatrixRef, ...],
+    builders: dict[str, WeightBuilder],
+    size: int,
+    run: RunChunk,
 ) -> tuple[InitializedMatrix, ...]:
     """Start a chunk on the device, and return its results, which are not awaited."""
-    first = chunk[0].task
     ws = [builders[ref.task.entry.path].take_matrix(ref) for ref in chunk]
     keys = [ref.key for ref in chunk]
     datas = [take_data(ref) for ref in chunk]
@@ -120,15 +140,13 @@ def _dispatch(
 
     # Fill the last chunk with zeros, so that it runs the same program.
     num_missing = size - len(chunk)
-    ws += [jnp.zeros_like(ws[0]) for _ in range(num_missing)]
+    zeros_like = np.zeros_like if isinstance(ws[0], np.ndarray) else jnp.zeros_like
+    ws += [zeros_like(ws[0]) for _ in range(num_missing)]
     keys += [keys[0]] * num_missing
     datas += [datas[0]] * num_missing
     scales += [scales[0]] * num_missing
 
-    # A quantised base cannot take the buffer; the builder deletes it.
-    is_donated = first.donate and first.spec.format is None
-    run = compile_donated_chunk if is_donated else compile_chunk
-    return run(tuple(ws), tuple(scales), tuple(keys), tuple(datas), spec=first.spec)
+    return run(tuple(ws), tuple(scales), tuple(keys), tuple(datas))
 
 
 def _collect(
@@ -140,7 +158,7 @@ def _collect(
     """Wait for the results of a chunk and give them to the builders."""
     for ref, found in zip(chunk, results, strict=False):
         if not found.is_finite:
-            _refuse_matrix(ref)
+            refuse_nonfinite(ref)
         builders[ref.task.entry.path].put_matrix(ref, found)
 
     task = chunk[0].task
@@ -149,7 +167,7 @@ def _collect(
     bar.advance(len(chunk), num_bytes=num_bytes)
 
 
-def _refuse_matrix(ref: MatrixRef) -> None:
+def refuse_nonfinite(ref: MatrixRef) -> NoReturn:
     """Raise, and count the NaN and Inf if the weight was not donated."""
     path, leaf, data = ref.task.entry.path, ref.task.leaf, ref.task.data
     is_deleted = is_concrete(leaf) and leaf.is_deleted()

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 
 from jlora import _checks
+from jlora.adaptation.placements import PARALLEL
 from jlora.adaptation.rank_rules import RankBudget, RankRule
 from jlora.initializers.base import TRAINABLE, Initializer
 from jlora.initializers.lookup import as_initializer
@@ -54,6 +55,11 @@ class Rule:
             it may also be a function quantize(w) -> the nearest weight that the base
             can hold, from and to [m, n]; their base then is a plain array. None: plain
             bases; `quantize_nf4` for these three.
+        parallel: static, how weights on a mesh are decomposed. "layers": each device
+            has whole matrices of its own. "exchange": the same for matrices that are
+            sharded; they are made whole for it, and sharded again. "matrix": each
+            matrix stays sharded, and all devices work on it. None: chosen by cost, see
+            `make_plan`.
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -78,6 +84,7 @@ class Rule:
     layout: str = "io"
     exclude: str | None = None
     quantize: Format | str | Callable | None = None
+    parallel: str | None = None
 
     def __post_init__(self) -> None:
         _compile_pattern(self.pattern, "pattern")
@@ -86,6 +93,8 @@ class Rule:
         if not isinstance(self.rank, (RankRule, RankBudget)):
             self._set("rank", _checks.check_integer(self.rank, "rank"))
         _check_layout(self.layout)
+        if self.parallel is not None:
+            _checks.check_choice(self.parallel, PARALLEL, "parallel")
 
         self._resolve_scale()
         self._resolve_initializer()

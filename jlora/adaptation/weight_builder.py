@@ -39,17 +39,17 @@ class WeightBuilder:
             # The bases of a stack are written one by one, and the leaf is the caller's.
             self._base = _allocate_like(task.leaf)
 
-    def take_matrix(self, ref: MatrixRef) -> Array:
-        """Return one matrix of the weight, on the device."""
+    def take_matrix(self, ref: MatrixRef) -> Array | np.ndarray:
+        """Return one matrix of the weight, on the device or on the host."""
         source = self._base if self._task.donate else self._task.leaf
         if isinstance(source, LazyArray):
             source = self._read_lazy(source, ref)
         elif is_registered(source):
             source = read_array(source)
         if not self._task.batch:
-            return jnp.asarray(source)
+            return source
         if isinstance(source, np.ndarray):
-            return jnp.asarray(source[self._locate(ref)])
+            return source[self._locate(ref)]
         return _take_slice(source, ref.offsets, self._task.batch_axes)
 
     def _read_lazy(self, leaf: LazyArray, ref: MatrixRef) -> np.ndarray:

@@ -63,6 +63,9 @@ class Initializer:
             at w itself, which costs one pass.
         has_relative_spectrum: whether a `RankBudget` compares energies as fractions of
             each weight's own energy.
+        decomposition: of the weight. "randomized": it may stay sharded over devices.
+            "full": by LAPACK or another method that needs the whole matrix on one
+            device. "none": the weight is not read.
 
     Example:
         >>> import dataclasses, jax, jax.numpy as jnp, jlora
@@ -88,6 +91,7 @@ class Initializer:
     has_residual_base: ClassVar[bool] = False
     passes_nan_on: ClassVar[bool] = False
     has_relative_spectrum: ClassVar[bool] = False
+    decomposition: ClassVar[str] = "randomized"
 
     def __call__(
         self,
@@ -150,6 +154,7 @@ class FunctionInitializer(Initializer):
     function: Callable[..., InitialFactors]
 
     data_meaning = "the input of the initializer"
+    decomposition = "full"  # it may be any function of the whole matrix
     is_data_required = False
 
     def __call__(self, w, rank, *, scale, key, data=None) -> InitialFactors:

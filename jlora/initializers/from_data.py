@@ -100,6 +100,7 @@ class CorDA(Initializer):
     """See `corda`."""
 
     name = "corda"
+    decomposition = "full"
     has_residual_base = True
     data_meaning = "second moments of the inputs, [..., m, m]"
     passes_nan_on = True
@@ -122,6 +123,7 @@ class EVA(Initializer):
     """See `eva`."""
 
     name = "eva"
+    decomposition = "none"
     trainable = FROM_ZERO_V
     data_meaning = "activations, [..., t, m]"
     has_relative_spectrum = True  # explained variance, because activations have a unit

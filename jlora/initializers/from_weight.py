@@ -152,6 +152,7 @@ class LoRA(Initializer):
     """See `lora`."""
 
     name = "lora"
+    decomposition = "none"
     trainable = FROM_ZERO_V
 
     def __call__(self, w, rank, *, scale, key, data=None) -> InitialFactors:
@@ -190,6 +191,7 @@ class MiLoRA(Initializer):
     """See `milora`."""
 
     name = "milora"
+    decomposition = "full"
     has_residual_base = True
     passes_nan_on = True
 
@@ -204,6 +206,7 @@ class OLoRA(Initializer):
     """See `olora`."""
 
     name = "olora"
+    decomposition = "full"
     has_residual_base = True
     passes_nan_on = True
 
@@ -219,6 +222,7 @@ class Orthogonal(Initializer):
     """See `orthogonal`."""
 
     name = "orthogonal"
+    decomposition = "none"
     trainable = ("v", "u", "uv")
     rank_multiple = 2
 

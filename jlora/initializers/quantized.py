@@ -137,6 +137,7 @@ class QERA(QuantizedInitializer):
     """See `qera`."""
 
     name = "qera"
+    decomposition = "full"
     data_meaning = "second moments of the inputs, [..., m, m]"
 
     def data_shape(self, m: int, n: int) -> tuple[int | None, ...]:

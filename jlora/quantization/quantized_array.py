@@ -215,9 +215,9 @@ def _encode(w: Array, format: Format, layout: str) -> Encoded:
     return run(w, format, layout)
 
 
-def _find_axes(layout: str) -> str | None:
-    """Return the axes of matrices in a layout, or None for another layout."""
-    return {"io": "*b m n", "oi": "*b n m"}.get(layout.lstrip("b"))
+def _find_axes(layout: str) -> str:
+    """Return the axes of matrices in a layout, and none for other layouts."""
+    return {"io": "*b m n", "oi": "*b n m"}.get(layout.lstrip("b"), "")
 
 
 def _encode_automatic(w: Array, format: Format, layout: str) -> Encoded:
