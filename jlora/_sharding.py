@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import jax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora._types import Array, Tree
@@ -67,6 +68,20 @@ def follow_axes(
         return run
 
     return decorate
+
+
+def is_sharded(array: Any) -> bool:
+    """Return whether an array lies on several devices.
+
+    False for a traced one on automatic axes, whose sharding is not known.
+    """
+    if not isinstance(array, jax.Array):
+        return False
+    if find_explicit_mesh(array) is not None:
+        return any(entry is not None for entry in jax.typeof(array).sharding.spec)
+    if isinstance(array, Tracer):
+        return False
+    return len(array.sharding.device_set) > 1
 
 
 def find_explicit_mesh(tree: Tree) -> Any:

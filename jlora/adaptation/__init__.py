@@ -4,6 +4,8 @@ rule.py, rank_rules.py   Rule, RankRule, RankBudget: the wishes
 plan.py, rank_choice.py  make_plan: which weights, with ranks as numbers
 batching.py              adapt; its work: tasks.py, programs.py, chunks.py,
                          weight_builder.py, and traced.py inside a trace
+mesh_groups.py           weights on a mesh: placements.py, dealing.py; their cost:
+                         mesh_plans.py, costs.py
 adapted_weight.py        AdaptedWeight, linear, read_base
 lazy_arrays.py           LazyArray: weights that stay in their file
 weight_trees.py          split_trainable, join
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from jlora.adaptation.adapted_weight import AdaptedWeight, linear, read_base
 from jlora.adaptation.adapters import extract_delta, get_factors, set_factors
 from jlora.adaptation.batching import adapt
+from jlora.adaptation.costs import RATES, DeviceRates
 from jlora.adaptation.lazy_arrays import LazyArray
 from jlora.adaptation.merging import merge
 from jlora.adaptation.plan import Plan, PlanEntry, make_plan
@@ -47,8 +50,10 @@ def __getattr__(name: str) -> object:
 
 
 __all__ = [
+    "RATES",
     "AdaptedWeight",
     "DeltaLoss",
+    "DeviceRates",
     "Diagnosis",
     "LazyArray",
     "Plan",

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import _checks
 from jlora._numerics import frobenius_norm, matmul, safe_divide, to_compute
+from jlora._sharding import follow_axes, is_sharded
 from jlora._types import AnyArray, Array, Float, Int, PRNGKey, Tree
 from jlora.adaptation.adapted_weight import AdaptedWeight, is_adapted, read_base
 from jlora.adaptation.paths import fold_path, list_leaves
@@ -179,6 +182,9 @@ def _diagnose_weight(
     u, v = leaf.factors
     num_directions = min(num_directions, *w.shape[-2:])
     format = leaf.base.format if isinstance(leaf.base, QuantizedArray) else None
+    if w.ndim > 2 and is_sharded(w):
+        yield from _diagnose_stack(path, w, base, leaf, key, num_directions, format)
+        return
 
     for number, index in enumerate(np.ndindex(w.shape[:-2])):
         own_key = jax.random.fold_in(key, number) if index else key
@@ -192,10 +198,64 @@ def _diagnose_weight(
             format,
         )
         name = f"{path}[{', '.join(map(str, index))}]" if index else path
+        if is_sharded(w):
+            # Programs with collectives that wait for each other may block on a CPU.
+            jax.block_until_ready(measures)
         yield name, leaf.u.shape[-1], measures
 
 
+def _diagnose_stack(
+    path: str,
+    w: Any,
+    base: Any,
+    leaf: AdaptedWeight,
+    key: PRNGKey,
+    num_directions: int,
+    format: Format | None,
+) -> Iterator[tuple[str, int, _Measures]]:
+    """Yield the same for a sharded stack, measured as one batch.
+
+    The slices of a stack that is sharded over its matrices would each gather it.
+    """
+    *batch, m, n = w.shape
+    u, v = leaf.factors
+    flat_u, flat_v = (f.reshape(-1, *f.shape[-2:]) for f in (u, v))
+    keys = jnp.stack([jax.random.fold_in(key, i) for i in range(math.prod(batch))])
+    measures = _compare_stack(
+        w.reshape(-1, m, n),
+        None if base is None else base.reshape(-1, m, n),
+        Factors(flat_u, flat_v),
+        leaf.scale,
+        keys,
+        num_directions,
+        format,
+    )
+    whole = NamedSharding(w.sharding.mesh, PartitionSpec())
+    measures = jax.device_get(jax.device_put(measures, whole))
+    for number, index in enumerate(np.ndindex(*batch)):
+        own = jax.tree.map(lambda values: values[number], measures)  # noqa: B023
+        yield f"{path}[{', '.join(map(str, index))}]", leaf.u.shape[-1], own
+
+
 @functools.partial(jax.jit, static_argnames=("k", "format"))
+@follow_axes(*[None] * 5, result="")
+def _compare_stack(
+    ws: Float[Array, "*batch m n"],
+    bases: Float[Array, "*batch m n"] | None,
+    factors: Factors,
+    scale: Float[Array, ""],
+    keys: PRNGKey,
+    k: int,
+    format: Format | None,
+) -> _Measures:
+    """Return the measures of all matrices of a stack [num, m, n]."""
+    run = functools.partial(_compare, k=k, format=format)
+    axes = (0, None if bases is None else 0, 0, None, 0)
+    return jax.vmap(run, in_axes=axes)(ws, bases, factors, scale, keys)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "format"))
+@follow_axes(*[None] * 5, result="")
 def _compare(
     w: Float[Array, "m n"],
     base: Float[Array, "m n"] | None,

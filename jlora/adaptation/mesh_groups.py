@@ -26,6 +26,7 @@ from jlora.adaptation.placements import (
     find_sharding,
     list_entries,
     make_automatic,
+    make_automatic_mesh,
     place_weight,
 )
 from jlora.adaptation.programs import InitializedMatrix
@@ -56,7 +57,7 @@ def group_tasks(
     """
     if mesh is not None:
         check_mesh(mesh)
-        mesh = make_automatic(mesh) if mesh.size > 1 else None
+        mesh = make_automatic_mesh(mesh) if mesh.size > 1 else None
     of_device: dict[tuple, list[WeightTask]] = {}
     of_mesh: dict[Mesh, list[WeightTask]] = {}
     for task in tasks:
@@ -75,7 +76,7 @@ def group_tasks(
 def _find_mesh(task: WeightTask, mesh: Mesh | None) -> Mesh | None:
     sharding = find_sharding(task.leaf)
     if sharding is not None:
-        return make_automatic(sharding.mesh)
+        return make_automatic_mesh(sharding.mesh)
     return mesh
 
 
@@ -105,7 +106,7 @@ def _split(tasks: list[WeightTask], mesh: Mesh) -> list[MeshGroup]:
 
     return [
         MeshGroup(
-            [_move_to(task, mesh) for task in members],
+            [_make_automatic(task) for task in members],
             placement,
             [task.leaf for task in members],
         )
@@ -121,16 +122,10 @@ def _describe(task: WeightTask) -> WeightOnMesh:
     )
 
 
-def _move_to(task: WeightTask, mesh: Mesh) -> WeightTask:
-    """Return the task with its arrays on the same mesh with automatic axes."""
-
-    def move(array: Any) -> Any:
-        sharding = find_sharding(array)
-        if sharding is None or sharding.mesh == mesh:
-            return array
-        return jax.device_put(array, NamedSharding(mesh, sharding.spec))
-
-    return task._replace(leaf=move(task.leaf), data=move(task.data))
+def _make_automatic(task: WeightTask) -> WeightTask:
+    """Return the task with its arrays on automatic axes."""
+    leaf, data = make_automatic(task.leaf), make_automatic(task.data)
+    return task._replace(leaf=leaf, data=data)
 
 
 def adapt_mesh_group(

@@ -52,10 +52,21 @@ def list_entries(sharding: NamedSharding, ndim: int) -> Entries:
     return spec + (None,) * (ndim - len(spec))
 
 
-def make_automatic(mesh: Any) -> Mesh:
+def make_automatic_mesh(mesh: Any) -> Mesh:
     """Return the mesh with automatic axes only."""
     types = (AxisType.Auto,) * len(mesh.axis_names)
     return Mesh(mesh.devices, mesh.axis_names, axis_types=types)
+
+
+def make_automatic(array: Any) -> Any:
+    """Return the same array, on automatic axes if it lies on a mesh."""
+    sharding = find_sharding(array)
+    if sharding is None:
+        return array
+    mesh = make_automatic_mesh(sharding.mesh)
+    if mesh == sharding.mesh:
+        return array
+    return jax.device_put(array, NamedSharding(mesh, sharding.spec))
 
 
 def view_entries(entries: Sequence[Any], layout: str) -> MatrixEntries:

@@ -12,9 +12,18 @@ import jax.numpy as jnp
 from jlora import _checks
 from jlora._types import PRNGKey, Tree
 from jlora.adaptation.adapted_weight import is_adapted
+from jlora.adaptation.costs import DeviceRates, find_device_rates
 from jlora.adaptation.data import find_data, list_data
 from jlora.adaptation.lazy_arrays import open_tree
+from jlora.adaptation.mesh_plans import (
+    ChosenWay,
+    WeightOnMesh,
+    check_mesh,
+    choose_ways,
+    format_ways,
+)
 from jlora.adaptation.paths import fold_path, list_leaves
+from jlora.adaptation.placements import Entries, find_sharding, list_entries
 from jlora.adaptation.rank_choice import RankRequest, choose_ranks
 from jlora.adaptation.rule import Rule
 from jlora.adaptation.rule_matches import (
@@ -46,6 +55,9 @@ class PlanEntry:
     shape: tuple[int, ...]
     rule: Rule
     num_bytes: int = 0  # of the stored weight
+    dtype: str = "float32"  # of the stored weight
+    # The entries of its PartitionSpec, one for each axis; None: it is on no mesh.
+    sharding: Entries | None = None
 
     @property
     def num_base_bytes(self) -> int:
@@ -89,6 +101,18 @@ class Plan:
     entries: tuple[PlanEntry, ...]  # in the order of the tree's leaves
     skipped: tuple[tuple[str, str], ...] = ()  # (path, reason) of matches not adapted
     tied: tuple[tuple[str, ...], ...] = ()  # paths of one array, at least one adapted
+    mesh: Any = None  # the mesh that it was made for
+    rates: DeviceRates | None = None  # of the devices of the mesh
+
+    def list_ways(self) -> list[ChosenWay]:
+        """Return how the groups of weights are decomposed on the plan's mesh."""
+        if self.mesh is None or self.rates is None:
+            return []
+        weights = [
+            WeightOnMesh(e.path, e.shape, jnp.dtype(e.dtype), e.rule, e.sharding)
+            for e in self.entries
+        ]
+        return choose_ways(weights, self.mesh, self.rates)
 
     def __str__(self) -> str:
         is_quantized = any(entry.rule.format is not None for entry in self.entries)
@@ -107,6 +131,8 @@ class Plan:
             f"{', '.join(paths)}: one array now, different weights after adapting"
             for paths in self.tied
         ]
+        if self.mesh is not None and self.rates is not None:
+            lines += format_ways(self.list_ways(), self.mesh, self.rates)
         return "\n".join(lines)
 
 
@@ -116,6 +142,8 @@ def make_plan(
     *,
     data: Tree | None = None,
     key: PRNGKey | None = None,
+    mesh: Any = None,
+    rates: DeviceRates | None = None,
 ) -> Plan:
     """Return the plan of the first matching rule for each weight of a tree.
 
@@ -137,6 +165,14 @@ def make_plan(
         key: one typed PRNG key, consumed: a rank with a `maximum` is then chosen from
             as many leading singular values by `randomized_svd`. None: from all of them,
             by a full decomposition.
+        mesh: static. The printed plan then says for each group of weights in which way
+            `adapt` decomposes them there, and for each device the flops, the bytes that
+            it sends, the memory of its work and the time at the peak rates, which is
+            for comparing the ways only. The weights may be `jax.ShapeDtypeStruct`s with
+            a sharding, and the mesh a `jax.sharding.AbstractMesh`, to plan for devices
+            that are not there. None: not said.
+        rates: static, of the devices of the mesh: one of `jlora.adaptation.RATES`, or
+            your own `DeviceRates`. None: of their kind.
 
     Returns:
         `Plan`.
@@ -160,6 +196,9 @@ def make_plan(
         ['q']
     """
     checked = check_rules(rules)
+    if mesh is not None:
+        check_mesh(mesh)
+        rates = find_device_rates(mesh) if rates is None else rates
     if key is not None:
         _checks.check_key(key)
 
@@ -182,7 +221,9 @@ def make_plan(
     skipped = [(m.path, m.reason) for m in matches if m.reason is not None]
     skipped += [(path, "gets rank 0") for path, rank in ranks.items() if rank == 0]
     planned = {entry.path for entry in entries}
-    return Plan(tuple(entries), tuple(skipped), find_tied(leaves, planned))
+    plan = Plan(tuple(entries), tuple(skipped), find_tied(leaves, planned), mesh, rates)
+    plan.list_ways()  # refuses a way that a sharding does not allow
+    return plan
 
 
 def _choose_open_ranks(
@@ -214,7 +255,14 @@ def _make_entry(match: Match, ranks: dict[str, int]) -> PlanEntry:
             "exclude it."
         ) from None
 
-    entry = PlanEntry(path, shape, rule, _count_bytes(match.leaf))
+    entry = PlanEntry(
+        path,
+        shape,
+        rule,
+        _count_bytes(match.leaf),
+        jnp.dtype(match.leaf.dtype).name,
+        _list_entries(match.leaf),
+    )
     check_layout_given(entry.path, shape, rule.layout, entry.num_parameters)
     limit = rule.initializer.max_rank(m, n)
     if entry.rank > limit:
@@ -224,6 +272,11 @@ def _make_entry(match: Match, ranks: dict[str, int]) -> PlanEntry:
             f"{entry.rank}. Choose a smaller rank in a rule of its own, or exclude it."
         )
     return entry
+
+
+def _list_entries(leaf: Any) -> Entries | None:
+    sharding = find_sharding(leaf)
+    return None if sharding is None else list_entries(sharding, len(leaf.shape))
 
 
 def _count_bytes(leaf: Any) -> int:

@@ -7,10 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import _checks
 from jlora._numerics import frobenius_norm, to_compute
-from jlora._types import AnyArray, PRNGKey
+from jlora._sharding import is_sharded
+from jlora._types import AnyArray, Array, PRNGKey
+from jlora.adaptation.placements import make_automatic
 from jlora.adaptation.rank_rules import RankBudget, RankRule
 from jlora.adaptation.rule import Rule
 from jlora.factorization.svd import randomized_svd
@@ -164,6 +167,9 @@ def _list_matrices(leaf: Any, rule: Rule, data: Any) -> list[AnyArray]:
     init = rule.initializer
     w = view_matrix(read_array(leaf), rule.layout)
     ws = w.reshape(-1, *w.shape[-2:])
+    if is_sharded(ws):
+        ws = make_automatic(ws)
+        ws = [_replicate_matrix(ws, i) for i in range(len(ws))]
     if data is None:
         return [init.spectrum_matrix(each, None) for each in ws]
 
@@ -174,6 +180,16 @@ def _list_matrices(leaf: Any, rule: Rule, data: Any) -> list[AnyArray]:
         init.spectrum_matrix(jnp.asarray(each), jnp.asarray(own))
         for each, own in zip(ws, datas, strict=True)
     ]
+
+
+def _replicate_matrix(ws: Any, index: int) -> Array:
+    """Return one matrix of a sharded stack, whole on every device.
+
+    One matrix at a time is gathered, and the index is static: a traced one would gather
+    the stack.
+    """
+    whole = NamedSharding(ws.sharding.mesh, PartitionSpec())
+    return jax.device_put(ws[index], whole)
 
 
 def _measure_spectrum(

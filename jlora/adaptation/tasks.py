@@ -86,7 +86,7 @@ def list_tasks(
     """Return the task of each planned weight, in the order of the plan."""
     weights = _find_weights(params, plan)
     if donate:
-        _refuse_shared(weights)
+        _refuse_shared(params, weights)
     return [
         _make_task(entry, weights[entry.path], data, key, donate)
         for entry in plan.entries
@@ -138,17 +138,19 @@ def is_concrete(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
 
 
-def _refuse_shared(weights: dict[str, Any]) -> None:
-    """Refuse one array at two paths: the first would reuse the second's buffer."""
+def _refuse_shared(params: Tree, weights: dict[str, Any]) -> None:
+    """Refuse a weight that is the same array as another leaf, which would lose it."""
     seen: dict[int, str] = {}
-    for path, leaf in weights.items():
-        if isinstance(leaf, jax.Array) and id(leaf) in seen:
+    for path, leaf in list_leaves(params):
+        other = seen.setdefault(id(leaf), path)
+        if other == path or not isinstance(leaf, jax.Array):
+            continue
+        if path in weights or other in weights:
             raise ValueError(
                 f"{path}: `params` must hold an array of its own here to donate, got "
-                f"the same array at {seen[id(leaf)]}. Adapt one of them, or do not "
-                "donate."
+                f"the same array at {other}. Give adapt a tree with one of them, or do "
+                "not donate."
             )
-        seen[id(leaf)] = path
 
 
 def _make_task(

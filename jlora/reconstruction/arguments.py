@@ -11,13 +11,13 @@ from jlora import _checks
 from jlora._columns import Columns, check_columns
 from jlora._dispatch import check_usable
 from jlora._numerics import common_dtype
+from jlora._sharding import is_sharded
 from jlora._types import AnyArray, Array, DTypeLike, Float, PRNGKey, Scalar
 from jlora.factors import Factors
 from jlora.reconstruction.implementations import (
     IMPLEMENTATIONS,
     Bases,
     SumSpec,
-    is_sharded,
 )
 from jlora.reconstruction.rounding import CompensatedWeight, check_rounding
 
@@ -61,8 +61,9 @@ def prepare_arguments(
     indices, span = _read_columns(columns, v.shape[-1])
 
     # The loop over blocks that a donated base allows would gather a sharded one.
+    is_split = any(map(is_sharded, (*bases, u, v)))
     can_donate = bool(donate) and not any(map(is_sharded, bases))
-    spec = SumSpec(dtype, rounding, can_donate)
+    spec = SumSpec(dtype, rounding, can_donate, is_split)
     if donate:
         _check_donation(bases, spec)
     check_usable(IMPLEMENTATIONS, implementation, (bases, u, v, key), spec)

@@ -79,7 +79,9 @@ def reconstruct(
         NotImplementedError: an implementation by name that cannot run here.
 
     Cost: 2 m n r flops, one pass over the weight. On a CPU a sum of rank over 8 (24 in
-        16 bits) also writes and reads u @ v, unless `donate` is set. Inside jax.jit on
+        16 bits) also writes and reads u @ v, unless `donate` is set. For sharded arrays
+        `columns` computes all columns, because the update of a slice would gather the
+        base; this is known outside of jax.jit, and on explicit axes. Inside jax.jit on
         a CPU do not set `donate` for arrays sharded by rows: the loop would gather
         them.
 
@@ -215,6 +217,9 @@ def _run(
     if span is None and indices is None:
         return sum_product(bases, u, v, key, spec, implementation)
 
+    if bases and spec.is_sharded:
+        return _sum_selected(bases, u, v, key, indices, span, spec)
+
     # Only some columns: compute them, and copy the others from the base.
     parts, v = _take_columns(bases, v, span, indices)
     block_spec = spec._replace(donate=False)
@@ -224,6 +229,33 @@ def _run(
     others = _round_others(bases, spec, compute)
     return jax.tree.map(
         lambda other, new: _put(other, new, span, indices), others, block
+    )
+
+
+def _sum_selected(
+    bases: Bases,
+    u: Array,
+    v: Array,
+    key: PRNGKey | None,
+    indices: Array | None,
+    span: tuple[int, int] | None,
+    spec: SumSpec,
+) -> Result:
+    """Return the sum in some columns, by a selection from the sum in all of them.
+
+    The update of a slice would gather a sharded base.
+    """
+    columns = jnp.arange(v.shape[-1])
+    if span is not None:
+        is_computed = (columns >= span[0]) & (columns < span[1])
+    else:
+        assert indices is not None
+        is_computed = jnp.any(columns[:, None] == indices[None], axis=1)
+
+    total = sum_product(bases, u, v, key, spec._replace(donate=False), "plain")
+    others = _round_others(bases, spec, u.dtype)
+    return jax.tree.map(
+        lambda other, new: jnp.where(is_computed, new, other), others, total
     )
 
 

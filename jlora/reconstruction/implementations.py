@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from jlora._dispatch import Implementation, can_always, run_first
 from jlora._numerics import matmul
@@ -34,6 +33,7 @@ class SumSpec(NamedTuple):
     dtype: Any
     rounding: str
     donate: bool  # the result may reuse the buffer of the first base
+    is_sharded: bool = False  # whether an array is known to lie on several devices
 
     def round(self, total: Array, key: PRNGKey | None) -> Result:
         return round_sum(total, self.dtype, self.rounding, key)
@@ -267,13 +267,6 @@ def add_bases(bases: Bases, dtype: Any) -> Array:
     """Return the sum of the bases in a dtype."""
     first, *others = (base.astype(dtype) for base in bases)
     return sum(others, first)
-
-
-def is_sharded(array: Array) -> bool:
-    """Return whether an array lies on several devices; False for a traced one."""
-    if isinstance(array, Tracer):
-        return False
-    return len(array.sharding.device_set) > 1
 
 
 IMPLEMENTATIONS = (

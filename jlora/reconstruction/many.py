@@ -202,14 +202,21 @@ def _check_index(index: AnyArray, shape: tuple[int, ...], num_adapters: int) -> 
     _checks.check_shape(index.shape, shape, "index", "one for each row of x")
 
     if not isinstance(index, Tracer):
-        values = np.asarray(index)
-        outside = values[(values < -1) | (values >= num_adapters)]
-        if outside.size:
-            raise ValueError(
-                f"`index` must lie in [-1, {num_adapters}), got {outside[0]}. "
-                "Count the adapters of the bank."
-            )
+        # Two numbers, computed on the devices: an index may be sharded over processes.
+        for outside in _find_extremes(index):
+            if not -1 <= outside < num_adapters:
+                raise ValueError(
+                    f"`index` must lie in [-1, {num_adapters}), got {outside}. "
+                    "Count the adapters of the bank."
+                )
     return jnp.asarray(index)
+
+
+def _find_extremes(index: AnyArray) -> tuple[int, ...]:
+    """Return the smallest and the largest entry, or nothing if there is none."""
+    if not index.size:
+        return ()
+    return int(index.min()), int(index.max())
 
 
 @jax.jit(static_argnames="implementation")
