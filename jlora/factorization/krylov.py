@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jlora._numerics import matmul
+from jlora._numerics import matmul, power_of_two_scale
 from jlora._sharding import vary_as
 from jlora._types import Array, DTypeLike, Float, Int, PRNGKey
 from jlora.factorization.operators import Matrix, multiply, multiply_transposed
@@ -131,26 +131,44 @@ def add_block(
     # In exact arithmetic, a @ directionᵀ overlaps only the previous left block.
     previous = _slice_rows(left, jnp.maximum(offset - block_size, 0), block_size)
     direction = _slice_rows(right, offset, block_size)
-    new_left, _, _ = orthonormalize_against(
-        left[..., :width, :], previous, multiply(a, direction), noise.left
-    )
+    product = multiply(a, direction)
+    scale = _find_scale(core, product, i)
+    new_left = orthonormalize_against(
+        left[..., :width, :], previous, product, noise.left, scale
+    ).rows
 
     # Likewise, new_left @ a overlaps only the current right block.
     product = multiply_transposed(a, new_left)
-    new_right, near_coefficients, coefficients = orthonormalize_against(
-        right[..., : width + block_size, :], direction, product, noise.right
+    scale = _find_scale(core, product, i)
+    found = orthonormalize_against(
+        right[..., : width + block_size, :], direction, product, noise.right, scale
     )
 
     # The rows of the core are the coefficients of the product in the right basis.
     num_missing = core.shape[-1] - width - block_size
-    row = jnp.pad(coefficients, [(0, 0)] * (core.ndim - 1) + [(0, num_missing)])
-    near = _slice_columns(row, offset, block_size) + near_coefficients
+    row = jnp.pad(found.coefficients, [(0, 0)] * (core.ndim - 1) + [(0, num_missing)])
+    near = _slice_columns(row, offset, block_size) + found.near_coefficients
     row = _update_columns(row, near, offset)
-    row = _update_columns(row, matmul(product, new_right.mT), offset + block_size)
+    row = _update_columns(row, found.own_coefficients, offset + block_size)
     return Projection(
         _update_rows(left, new_left, offset),
         _update_rows(core, row, offset),
-        _update_rows(right, new_right, offset + block_size),
+        _update_rows(right, found.rows, offset + block_size),
+    )
+
+
+def _find_scale(
+    core: Float[Array, "*batch L K"], product: Float[Array, "*batch b _"], i: Array
+) -> Float[Array, "*batch 1 1"]:
+    """Return the scale of a product with `a`.
+
+    All products are about as large as the core, which every device holds whole. Only
+    the first block has none yet, and looks at the product itself.
+    """
+    return jax.lax.cond(
+        i == 0,
+        lambda: power_of_two_scale(product),
+        lambda: power_of_two_scale(core),
     )
 
 

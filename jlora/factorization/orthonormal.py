@@ -29,6 +29,15 @@ from jlora.factorization.sketch import fixed_sketch
 _MAX_PROJECTIONS = 8
 
 
+class Extension(NamedTuple):
+    """y = near_coefficients @ near + coefficients @ basis + own_coefficients @ rows."""
+
+    rows: Float[Array, "*batch l m"]  # orthonormal, and orthogonal to the basis
+    own_coefficients: Float[Array, "*batch l l"]
+    near_coefficients: Float[Array, "*batch l l"]
+    coefficients: Float[Array, "*batch l L"]
+
+
 class _ProjectionState(NamedTuple):
     """The loop of `orthonormalize_against`.
 
@@ -38,6 +47,7 @@ class _ProjectionState(NamedTuple):
     step: int | Int[Array, ""]
     rows: Float[Array, "*batch l m"]
     gram: Float[Array, "*batch l l"]  # rows @ rowsᵀ
+    squares: Float[Array, "*batch l 1"]  # norms² of the rows before the last projection
     coefficients: Float[Array, "*batch l L"]  # of the projected part, in the basis
     transform: Float[Array, "*batch l l"]
 
@@ -74,13 +84,9 @@ def orthonormalize_against(
     near: Float[Array, "*batch l m"],
     y: Float[Array, "*batch l m"],
     noise: Float[Array, "l m"],
-) -> tuple[
-    Float[Array, "*batch l m"], Float[Array, "*batch l l"], Float[Array, "*batch l L"]
-]:
-    """Return (rows, near_coefficients, coefficients), where `rows` extend `basis` by y.
-
-    y = near_coefficients @ near + coefficients @ basis + a combination of `rows`, up to
-    rounding. The new rows are orthonormal, and orthogonal to the basis.
+    scale: Float[Array, "*batch 1 1"] | None = None,
+) -> Extension:
+    """Return orthonormal rows that extend `basis` by y, and the coefficients of y.
 
     The projection onto `near` is subtracted first, because it holds most of the overlap
     of y with the basis. Rounding leaves small components along the rest of the basis,
@@ -88,29 +94,34 @@ def orthonormalize_against(
     whole basis. Rows that are dependent or almost inside the basis need more
     projections: repeat until the rows are nearly orthonormal.
 
+    If the long axis is sharded, each projection reduces its coefficients and the Gram
+    matrix of the rows together: the Gram matrix after the projection follows from both.
+
     Args:
         basis: orthonormal or zero rows.
         near: the rows of `basis` that y is not orthogonal to in exact arithmetic. In
             block Lanczos this is one block. Zeros: no row is known in advance.
         y: the rows to add.
         noise: standard normal, shared by the batch, see `orthonormalize`.
+        scale: a power of two, such that the squares of y / scale neither overflow nor
+            vanish. None: the scale of y.
     """
     # Subtract the projection onto `near`, and normalise the remainder.
-    scale = power_of_two_scale(y)
+    scale = power_of_two_scale(y) if scale is None else scale
     scaled = y / scale
     norms = jnp.linalg.norm(scaled, axis=-1, keepdims=True)
     near_coefficients = matmul(y, near.mT)
     remainder = safe_divide(scaled - matmul(near_coefficients / scale, near), norms)
 
     def project(state: _ProjectionState) -> _ProjectionState:
-        rows, lower = _take_shifted_step(state.rows, state.gram)
+        rows, lower = _take_shifted_step(state)
         transform = matmul(state.transform, lower)
-        inside = matmul(rows, basis.mT)
-        rows = rows - matmul(inside, basis)
+        inside, gram = matmul(rows, basis.mT), matmul(rows, rows.mT)
         new = _ProjectionState(
             state.step + 1,
-            rows,
-            matmul(rows, rows.mT),
+            rows - matmul(inside, basis),
+            gram - matmul(inside, inside.mT),
+            _find_squares(gram),
             state.coefficients + matmul(transform, inside),
             transform,
         )
@@ -126,13 +137,19 @@ def orthonormalize_against(
     gram = matmul(rows, rows.mT)
     zeros = jnp.zeros((*y.shape[:-1], basis.shape[-2]), y.dtype)
     transform = scale * norms * eye_like(gram)
-    arrays = vary_as((rows, gram, zeros, transform), (basis, y))
+    squares = _find_squares(gram)
+    arrays = vary_as((rows, gram, squares, zeros, transform), (basis, y))
     state = _ProjectionState(0, *arrays)
     state = jax.lax.while_loop(is_unfinished, project, state)
 
     # Rows that are nearly orthonormal need one plain step.
-    _, inverse = _invert_cholesky(state.gram, shift=0.0)
-    return matmul(inverse, state.rows), near_coefficients, state.coefficients
+    lower, inverse = _invert_cholesky(state.gram, shift=0.0)
+    return Extension(
+        matmul(inverse, state.rows),
+        matmul(state.transform, lower),
+        near_coefficients,
+        state.coefficients,
+    )
 
 
 def _keep_finished(old: _ProjectionState, new: _ProjectionState) -> _ProjectionState:
@@ -156,18 +173,32 @@ def _is_far(gram: Float[Array, "*batch l l"]) -> Bool[Array, "*batch"]:
     return jnp.linalg.norm(gram - eye_like(gram), axis=(-2, -1)) > 0.5
 
 
+def _find_squares(gram: Float[Array, "*batch l l"]) -> Float[Array, "*batch l 1"]:
+    return jnp.diagonal(gram, axis1=-2, axis2=-1)[..., None]
+
+
 def _take_shifted_step(
-    y: Float[Array, "*batch l m"], gram: Float[Array, "*batch l l"]
+    state: _ProjectionState,
 ) -> tuple[Float[Array, "*batch l m"], Float[Array, "*batch l l"]]:
-    """Return (x, L) with y = L @ x and x closer to orthonormal; `gram` is y @ yᵀ.
+    """Return (x, L) with rows = L @ x and x closer to orthonormal.
 
     The Gram matrix is first scaled to unit diagonal. Otherwise the shift would swamp
-    rows that the last projection made tiny.
+    rows that the last projection made tiny. Its rounding error is eps of the squares
+    before that projection, so we shift each row by as much, which keeps the Cholesky
+    factor real.
     """
-    norms = jnp.sqrt(jnp.diagonal(gram, axis1=-2, axis2=-1))[..., None]
+    rows, gram = state.rows, state.gram
+    eps, num_rows = jnp.finfo(rows.dtype).eps, rows.shape[-2]
+    floor = eps * state.squares
+    squares = jnp.maximum(_find_squares(gram), floor)
+
+    norms = jnp.sqrt(squares)
     scaled = safe_divide(gram, norms * norms.mT)
-    lower, inverse = _invert_cholesky(scaled, _find_shift(y))
-    return matmul(safe_divide(inverse, norms.mT), y), norms * lower
+    error = 4 * num_rows * safe_divide(floor, squares)
+    scaled = scaled + error * eye_like(scaled)
+
+    lower, inverse = _invert_cholesky(scaled, _find_shift(rows))
+    return matmul(safe_divide(inverse, norms.mT), rows), norms * lower
 
 
 def householder(y: Float[Array, "*batch l m"]) -> Float[Array, "*batch l m"]:

@@ -65,7 +65,8 @@ def test_orthonormalize_against_is_orthogonal_to_both(kind, seed):
 
     # The near part is zero, so the projections remove the whole part inside the
     # basis.
-    rows, near_part, part = orthonormalize_against(basis, jnp.zeros_like(y), y, noise)
+    found = orthonormalize_against(basis, jnp.zeros_like(y), y, noise)
+    rows, own_part, near_part, part = found
     assert not np.any(near_part)
     assert orthonormality(jnp.concatenate([basis, rows]).mT) < 1e-5
 
@@ -73,3 +74,4 @@ def test_orthonormalize_against_is_orthogonal_to_both(kind, seed):
     remainder = np.asarray(y, np.float64) @ (np.eye(300) - together.T @ together)
     assert np.linalg.norm(remainder) <= 1e-5 * np.linalg.norm(y)
     np.testing.assert_allclose(part, y @ basis.mT, atol=1e-3)
+    np.testing.assert_allclose(own_part, y @ rows.mT, atol=1e-3)
