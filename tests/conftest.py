@@ -13,6 +13,8 @@ os.environ.setdefault(
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1",
 )
+# Eight devices for the tests of sharding; all others run on the first of them.
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 
 import jax
 import pytest
@@ -21,10 +23,13 @@ import pytest
 # "standard".
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Programs with collectives that are in flight together may block each other on a CPU.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 # Tests in these places do the same in both precisions, and run in single precision.
 ANY_PRECISION = (
+    "tests/adaptation/test_sharding.py",
     "tests/benchmarks/",
     "tests/checkpoints/",
     "tests/cli/test_streams.py",
@@ -41,9 +46,11 @@ ANY_PRECISION = (
     "tests/package/test_public_api.py",
     "tests/training/test_resume.py",
     "tests/package/test_scalars.py",
+    "tests/package/test_sharding.py",
     "tests/package/test_source.py",
     "tests/training/test_faults.py",
     "tests/training/test_optax_contract.py",
+    "tests/training/test_sharding.py",
 )
 
 

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jlora._numerics import matmul, power_of_two_scale
 from jlora._sharding import vary_as
 from jlora._types import Array, DTypeLike, Float, Int, PRNGKey
 from jlora.factorization.operators import Matrix, multiply, multiply_transposed
@@ -132,16 +131,14 @@ def add_block(
     previous = _slice_rows(left, jnp.maximum(offset - block_size, 0), block_size)
     direction = _slice_rows(right, offset, block_size)
     product = multiply(a, direction)
-    scale = _find_scale(core, product, i)
     new_left = orthonormalize_against(
-        left[..., :width, :], previous, product, noise.left, scale
+        left[..., :width, :], previous, product, noise.left
     ).rows
 
     # Likewise, new_left @ a overlaps only the current right block.
     product = multiply_transposed(a, new_left)
-    scale = _find_scale(core, product, i)
     found = orthonormalize_against(
-        right[..., : width + block_size, :], direction, product, noise.right, scale
+        right[..., : width + block_size, :], direction, product, noise.right
     )
 
     # The rows of the core are the coefficients of the product in the right basis.
@@ -154,21 +151,6 @@ def add_block(
         _update_rows(left, new_left, offset),
         _update_rows(core, row, offset),
         _update_rows(right, found.rows, offset + block_size),
-    )
-
-
-def _find_scale(
-    core: Float[Array, "*batch L K"], product: Float[Array, "*batch b _"], i: Array
-) -> Float[Array, "*batch 1 1"]:
-    """Return the scale of a product with `a`.
-
-    All products are about as large as the core, which every device holds whole. Only
-    the first block has none yet, and looks at the product itself.
-    """
-    return jax.lax.cond(
-        i == 0,
-        lambda: power_of_two_scale(product),
-        lambda: power_of_two_scale(core),
     )
 
 

@@ -84,7 +84,6 @@ def orthonormalize_against(
     near: Float[Array, "*batch l m"],
     y: Float[Array, "*batch l m"],
     noise: Float[Array, "l m"],
-    scale: Float[Array, "*batch 1 1"] | None = None,
 ) -> Extension:
     """Return orthonormal rows that extend `basis` by y, and the coefficients of y.
 
@@ -103,15 +102,13 @@ def orthonormalize_against(
             block Lanczos this is one block. Zeros: no row is known in advance.
         y: the rows to add.
         noise: standard normal, shared by the batch, see `orthonormalize`.
-        scale: a power of two, such that the squares of y / scale neither overflow nor
-            vanish. None: the scale of y.
     """
-    # Subtract the projection onto `near`, and normalise the remainder.
-    scale = power_of_two_scale(y) if scale is None else scale
-    scaled = y / scale
-    norms = jnp.linalg.norm(scaled, axis=-1, keepdims=True)
+    # Subtract the projection onto `near`, and scale the remainder.
     near_coefficients = matmul(y, near.mT)
-    remainder = safe_divide(scaled - matmul(near_coefficients / scale, near), norms)
+    weight, total = _sum_magnitudes(y)
+    unit = safe_divide(y * weight, total)
+    remainder = unit - matmul(safe_divide(near_coefficients * weight, total), near)
+    root = y.shape[-1] ** 0.5
 
     def project(state: _ProjectionState) -> _ProjectionState:
         rows, lower = _take_shifted_step(state)
@@ -133,10 +130,10 @@ def orthonormalize_against(
 
     # Project onto the whole basis, and once more as long as rows are far from
     # orthonormal.
-    rows = _perturb(remainder, noise)
+    rows = _perturb(root * remainder, noise)
     gram = matmul(rows, rows.mT)
     zeros = jnp.zeros((*y.shape[:-1], basis.shape[-2]), y.dtype)
-    transform = scale * norms * eye_like(gram)
+    transform = (total / root) / weight * eye_like(gram)
     squares = _find_squares(gram)
     arrays = vary_as((rows, gram, squares, zeros, transform), (basis, y))
     state = _ProjectionState(0, *arrays)
@@ -171,6 +168,25 @@ def _keep_finished(old: _ProjectionState, new: _ProjectionState) -> _ProjectionS
 def _is_far(gram: Float[Array, "*batch l l"]) -> Bool[Array, "*batch"]:
     """Return whether rows with this Gram matrix are far from orthonormal."""
     return jnp.linalg.norm(gram - eye_like(gram), axis=(-2, -1)) > 0.5
+
+
+def _sum_magnitudes(
+    y: Float[Array, "*batch l m"],
+) -> tuple[Float[Array, "*batch l 1"], Float[Array, "*batch l 1"]]:
+    """Return (w, t) with t = w * Σ|y| for each row, where w is a power of two.
+
+    The sum neither overflows nor vanishes at any scale of y. It replaces the maximum,
+    which a sharded panel would have to reduce before all else. Rows of the norm
+    Σ|y| / √m have norms between 1 and √m, and near 1 if no entry stands out.
+    """
+    enlarged, reduced = 2.0**12, 2.0**-20
+    large, small = (
+        jnp.sum(jnp.abs(y * weight), axis=-1, keepdims=True)
+        for weight in (enlarged, reduced)
+    )
+    fits = jnp.isfinite(large)
+    weight = jnp.where(fits, enlarged, reduced).astype(y.dtype)
+    return weight, jnp.where(fits, large, small)
 
 
 def _find_squares(gram: Float[Array, "*batch l l"]) -> Float[Array, "*batch l 1"]:
