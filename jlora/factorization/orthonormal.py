@@ -106,9 +106,11 @@ def orthonormalize_against(
     # Subtract the projection onto `near`, and scale the remainder.
     near_coefficients = matmul(y, near.mT)
     weight, total = _sum_magnitudes(y)
-    unit = safe_divide(y * weight, total)
-    remainder = unit - matmul(safe_divide(near_coefficients * weight, total), near)
-    root = y.shape[-1] ** 0.5
+    size = total / y.shape[-1] ** 0.5
+    inside = matmul(near_coefficients * weight, near)
+    # Divide last. XLA may round a product and the sum after it only once, in one program
+    # and not in another, and then the bits would depend on the program.
+    remainder = safe_divide(y * weight - inside, size)
 
     def project(state: _ProjectionState) -> _ProjectionState:
         rows, lower = _take_shifted_step(state)
@@ -130,10 +132,10 @@ def orthonormalize_against(
 
     # Project onto the whole basis, and once more as long as rows are far from
     # orthonormal.
-    rows = _perturb(root * remainder, noise)
+    rows = _perturb(remainder, noise)
     gram = matmul(rows, rows.mT)
     zeros = jnp.zeros((*y.shape[:-1], basis.shape[-2]), y.dtype)
-    transform = (total / root) / weight * eye_like(gram)
+    transform = size / weight * eye_like(gram)
     squares = _find_squares(gram)
     arrays = vary_as((rows, gram, squares, zeros, transform), (basis, y))
     state = _ProjectionState(0, *arrays)

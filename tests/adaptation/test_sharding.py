@@ -64,7 +64,8 @@ def make_rules(**settings):
 
 
 def adapt(params, mesh=None, **settings):
-    plan = jlora.make_plan(params, make_rules(**settings))
+    rules = make_rules(**settings)
+    plan = jlora.make_plan(params, rules if "oi" in params else rules[1:])
     return jlora.adapt(params, plan, key=KEY, mesh=mesh)
 
 
@@ -81,7 +82,7 @@ def assert_factors_follow(w, plain, layout):
     m, n = (second, first) if layout == "oi" else (first, second)
     assert list_entries(w.u) == (*batch, m, None)
     assert list_entries(w.v) == (*batch, None, n)
-    assert w.base.sharding == plain.sharding
+    assert w.base.sharding.is_equivalent_to(plain.sharding, plain.ndim)
     assert w.scale.sharding.is_fully_replicated
 
 
@@ -152,13 +153,13 @@ def test_weights_of_one_device_are_dealt_out_and_return(kind):
 
 
 @pytest.mark.parametrize("kind", ["automatic", "explicit"])
-@pytest.mark.parametrize("path", ["stack", "c", "oi"])
-def test_a_traced_adapt_gives_the_same(path, kind):
-    # One weight for each program: the collectives of independent ones may wait for each
-    # other on virtual devices.
-    params = {path: place(make_mesh(kind), PLACES["both"])[path]}
-    layout = "oi" if path == "oi" else "io"
-    plan = jlora.make_plan(params, jlora.Rule(".", RANK, layout=layout))
+@pytest.mark.parametrize(("path", "where"), [("stack", "over layers"), ("c", "inside")])
+def test_a_traced_adapt_gives_the_same(path, where, kind):
+    # One weight for each program, and no stack of matrices that are sharded themselves:
+    # the collectives of independent matrices may wait for each other for ever on eight
+    # virtual devices with few cores.
+    params = {path: place(make_mesh(kind), PLACES[where])[path]}
+    plan = jlora.make_plan(params, jlora.Rule(".", RANK))
     with enter(params[path].sharding.mesh):
         found = jax.jit(lambda p, key: jlora.adapt(p, plan, key=key))(params, KEY)
     w = jax.block_until_ready(found[path])
@@ -333,7 +334,8 @@ def test_a_tied_array_is_not_donated():
 
 @pytest.mark.parametrize("kind", ["automatic", "explicit"])
 def test_merge_diagnose_and_ranks_of_sharded_weights(kind):
-    params = place(make_mesh(kind), PLACES["both"])
+    # As above: no stack of matrices that are sharded themselves.
+    params = place(make_mesh(kind), PLACES["both"] | PLACES["over layers"])
     found, expected = adapt(params), adapt(PARAMS)
     merged = jlora.merge(found)
     assert_close(merged, jlora.merge(expected), 1e-6)
