@@ -16,6 +16,7 @@ PACKAGES = [
     "_columns",
     "_numerics",
     "_dispatch",
+    "_processes",
     "_progress",
     "factors",
     "layouts",
