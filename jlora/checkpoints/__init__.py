@@ -3,9 +3,12 @@
 Reading and writing arrays:
 arrays              `load_arrays`, `save_arrays`: .npy, .npz and .safetensors files
 checkpoint          `open_checkpoint`: arrays of a file or folder, read when used
+sharded_arrays      `load_sharded`: on devices, each process reading its part
+host_arrays         arrays of devices on the host; several processes write one file
 lazy_tensors        such arrays as leaves of a tree
 sources             the choice between the formats
 stored_arrays       arrays that are read on use, and safetensors files
+slices              blocks of such arrays
 numpy_arrays        arrays of .npy and .npz files
 orbax_arrays        leaves of Orbax checkpoints
 quantized_weights   `load_weights`: quantised weights of several programs
@@ -61,6 +64,7 @@ from jlora.checkpoints.merge_jobs import MergeReport, merge_checkpoint
 from jlora.checkpoints.peft import load_peft, save_peft
 from jlora.checkpoints.peft_reader import PeftAdapter, read_peft
 from jlora.checkpoints.quantized_weights import load_weights
+from jlora.checkpoints.sharded_arrays import load_sharded
 
 __all__ = [
     "AdapterReport",
@@ -75,6 +79,7 @@ __all__ = [
     "load_adapter",
     "load_arrays",
     "load_peft",
+    "load_sharded",
     "load_weights",
     "merge_checkpoint",
     "open_checkpoint",
