@@ -39,7 +39,8 @@ adapter_files       the two files of an adapter
 
 Jobs, each a public function and a command:
 extract_jobs        `extract_checkpoint`; differences: its decompositions
-init_jobs           `initialize_checkpoint`; initial_factors, initial_bases: its parts
+init_jobs           `initialize_checkpoint`; init_run: its steps
+initial_factors     its factors; initial_bases: its bases
 merge_jobs          `merge_checkpoint`; merge_plan, merge_blocks, changes, tied: parts
 adapter_jobs        `resize_adapter`, `combine_adapters`; adapter_sums: their factors
 modules             the weights of a checkpoint as modules
@@ -51,6 +52,7 @@ adapter_ranks       ranks of modules, and a report of their energies
 pipelines           reading ahead and writing behind
 memory              the limit of memory of a job
 output_folder       a folder that appears whole
+shared_output       such a folder, written by several processes
 """
 
 from jlora.checkpoints.adapter_formats import load_adapter
