@@ -124,14 +124,21 @@ def gather_texts(text: str) -> list[str]:
     from jax.experimental import multihost_utils
 
     data = np.frombuffer(text.encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.asarray(len(data), np.int32))
-    most = int(lengths.max())
-    if most == 0:
-        return [""] * len(lengths)
+    try:
+        lengths = multihost_utils.process_allgather(np.asarray(len(data), np.int32))
+        most = int(lengths.max())
+        if most == 0:
+            return [""] * len(lengths)
+        padded = np.zeros(max(_MIN_BYTES, 2 ** (most - 1).bit_length()), np.uint8)
+        padded[: len(data)] = data
+        rows = multihost_utils.process_allgather(padded)
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise RuntimeError(
+            "all processes must reach this place, but one ended before or cannot be "
+            f"reached ({reason}). Read the messages of the others, and start all again."
+        ) from error
 
-    padded = np.zeros(max(_MIN_BYTES, 2 ** (most - 1).bit_length()), np.uint8)
-    padded[: len(data)] = data
-    rows = multihost_utils.process_allgather(padded)
     pairs = zip(rows, lengths, strict=True)
     return [row[:length].tobytes().decode() for row, length in pairs]
 

@@ -53,6 +53,7 @@ pipelines           reading ahead and writing behind
 memory              the limit of memory of a job
 output_folder       a folder that appears whole
 shared_output       such a folder, written by several processes
+shared_jobs         who writes which part of it; locks: whether others are at work
 """
 
 from jlora.checkpoints.adapter_formats import load_adapter

@@ -44,12 +44,8 @@ from jlora.checkpoints.modules import (
 )
 from jlora.checkpoints.output_folder import OutputFolder, check_target, identify
 from jlora.checkpoints.saved_parameters import can_be_saved, plan_saved
-from jlora.checkpoints.shared_output import (
-    JobFolder,
-    choose_part,
-    choose_report,
-    run_shared,
-)
+from jlora.checkpoints.shared_jobs import choose_part, choose_report, run_shared
+from jlora.checkpoints.shared_output import JobFolder
 from jlora.checkpoints.window_store import WORK, WindowStore, list_window_files
 
 Path = str | os.PathLike[str]

@@ -39,12 +39,8 @@ from jlora.checkpoints.output_folder import (
     identify,
 )
 from jlora.checkpoints.quantized_bases import check_quantizable
-from jlora.checkpoints.shared_output import (
-    JobFolder,
-    choose_part,
-    choose_report,
-    run_shared,
-)
+from jlora.checkpoints.shared_jobs import choose_part, choose_report, run_shared
+from jlora.checkpoints.shared_output import JobFolder
 from jlora.initializers.base import Initializer
 from jlora.quantization.base import Format
 from jlora.quantization.formats import as_format

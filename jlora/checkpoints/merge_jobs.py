@@ -29,7 +29,8 @@ from jlora.checkpoints.merge_plan import (
 from jlora.checkpoints.output_folder import OutputFolder, check_target, identify
 from jlora.checkpoints.peft_file import PeftFile, open_peft
 from jlora.checkpoints.peft_reader import read_adapter
-from jlora.checkpoints.shared_output import JobFolder, choose_part, run_shared
+from jlora.checkpoints.shared_jobs import choose_part, run_shared
+from jlora.checkpoints.shared_output import JobFolder
 from jlora.checkpoints.tied import Untied, untie
 from jlora.reconstruction.rounding import check_rounding
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
@@ -17,6 +15,7 @@ import numpy as np
 
 from jlora.checkpoints.files import describe_kind, replace_file
 from jlora.checkpoints.json_files import read_json, write_json
+from jlora.checkpoints.locks import hold_lock
 
 _PROGRESS = ".progress.json"
 _PROGRESS_FILES = ".progress*.json"
@@ -72,7 +71,8 @@ class OutputFolder:
     def remove_others(self) -> None:
         """Remove everything but the whole files of interrupted runs of this job."""
         self._write_progress()  # first: it is the record of the files to keep
-        kept = {*self._done, LOCK, _PROGRESS}
+        records = [name for name, job, _ in self.list_records() if job == self._job]
+        kept = {*self._done, *records, LOCK}
         for entry in self.path.rglob("*"):
             is_folder = entry.is_dir() and not entry.is_symlink()
             is_process_lock = entry.match(PROCESS_LOCKS)
@@ -87,20 +87,23 @@ class OutputFolder:
     def _read_done(self) -> dict[str, int]:
         """Return {file: bytes} that the runs of this job have written."""
         done: dict[str, int] = {}
-        for job, files in self._list_progress():
+        for _, job, files in self.list_records():
             if job == self._job:
                 done |= files
         return done
 
-    def _list_progress(self) -> Iterator[tuple[Any, dict[str, int]]]:
-        """Yield (job, {file: bytes}) of every process; damaged files are left out."""
+    def list_records(self) -> Iterator[tuple[str, Any, dict[str, int]]]:
+        """Yield (name, job, {file: bytes}) of each process; damaged ones are left out.
+
+        A record is the file in which a process says which files it has written.
+        """
         for path in sorted(self.path.glob(_PROGRESS_FILES)):
             with contextlib.suppress(
                 ValueError, KeyError, TypeError, AttributeError, FileNotFoundError
             ):
                 progress = read_json(path)
                 done = {str(k): int(v) for k, v in progress["done"].items()}
-                yield progress["job"], done
+                yield path.name, progress["job"], done
 
 
 @contextlib.contextmanager
@@ -158,40 +161,6 @@ def make_partial(target: pathlib.Path, inputs: Sequence[pathlib.Path]) -> pathli
 def name_partial(target: pathlib.Path) -> pathlib.Path:
     """Return the path of the folder in which a target is written."""
     return target.parent / f".{target.name}.partial"
-
-
-@contextlib.contextmanager
-def hold_lock(
-    path: pathlib.Path, *, is_shared: bool = False, num_tries: int = 1
-) -> Iterator[bool]:
-    """Yield whether a lock could be taken; it is held until the block ends.
-
-    Args:
-        path: of the lock.
-        is_shared: whether several may hold it.
-        num_tries: every tenth of a second, as others hold it for a short look.
-
-    Raises:
-        FileNotFoundError: the folder was renamed, because the job is done.
-    """
-    with open(path, "a+") as lock:
-        kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
-        if not _try_lock(lock.fileno(), kind, num_tries):
-            yield False
-            return
-        # Another run may have removed the file between the two calls.
-        if not os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
-            raise FileNotFoundError(path)
-        yield True
-
-
-def _try_lock(descriptor: int, kind: int, num_tries: int) -> bool:
-    for i in range(num_tries):
-        time.sleep(0.1 if i else 0)
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-            return True
-    return False
 
 
 @contextlib.contextmanager

@@ -7,38 +7,23 @@ them for each process, and locks (`flock`) that the system frees when a process 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from jlora import _checks
-from jlora._processes import (
-    check_same,
-    count_processes,
-    is_first_process,
-    raising_on_all,
-    wait_for_all,
-)
-from jlora.checkpoints.adapter_ranks import AdapterReport, share_report
+from jlora.checkpoints.locks import hold_lock
 from jlora.checkpoints.output_folder import (
     LOCK,
     PROCESS_LOCKS,
     OutputFolder,
     check_space,
-    finishing,
-    hold_lock,
     make_partial,
-    name_partial,
-    open_output,
 )
 
 _WAIT = 0.2  # seconds between two looks at the files of other processes
 _NUM_TRIES = 20  # to take a lock that another process may hold for a short look
-
-Result = TypeVar("Result")
 
 
 class Part(NamedTuple):
@@ -63,7 +48,7 @@ class SharedFolder(OutputFolder):
 
     def __init__(self, partial: pathlib.Path, job: Mapping[str, Any], part: Part):
         self._part = part
-        self._progress_name = f".progress-{part.index}.json"
+        self._progress_name = name_record(part.index)
         self._lock = contextlib.ExitStack()
         super().__init__(partial, job)
 
@@ -125,18 +110,17 @@ class SharedFolder(OutputFolder):
 
     def join_job(self) -> None:
         """Record this process, or refuse files of another job."""
-        before = [job for job, _ in self._list_progress()]
-        self._refuse_other(before)
+        self._refuse_other()
         self._write_progress()
-        # Another process may have begun another job since the first look.
         try:
-            self._refuse_other([job for job, _ in self._list_progress()])
+            # Another process may have begun another job since the first look.
+            self._refuse_other()
         except ValueError:
             (self.path / self._progress_name).unlink()
             raise
 
-    def _refuse_other(self, jobs: Sequence[Any]) -> None:
-        for job in jobs:
+    def _refuse_other(self) -> None:
+        for _, job, _ in self.list_records():
             if job != self._job:
                 names = [key for key in self._job if job.get(key) != self._job[key]]
                 raise ValueError(
@@ -146,100 +130,8 @@ class SharedFolder(OutputFolder):
                 )
 
 
-def choose_part(process: tuple[int, int] | None) -> Part:
-    """Return the part of this process: the given one, or by `jax.distributed`."""
-    if process is None:
-        count = count_processes()
-        if count == 1:
-            return Part(0, 1, False)
-        import jax
-
-        return Part(jax.process_index(), count, True)
-    if not isinstance(process, tuple) or len(process) != 2:
-        raise TypeError(
-            "`process` must be a tuple (index, count), got "
-            f"{type(process).__name__}. Pass for example (0, 4)."
-        )
-    index, count = (
-        _checks.check_integer(number, "process", minimum=0) for number in process
-    )
-    if index >= count:
-        raise ValueError(
-            "`process` must be (index, count) with an index below the count, got "
-            f"({index}, {count}). Number the processes from 0."
-        )
-    return Part(index, count, False)
-
-
-def run_shared(
-    place: JobFolder,
-    part: Part,
-    first: Sequence[str],
-    do_part: Callable[[OutputFolder], Any],
-    do_all: Callable[[OutputFolder], Result],
-) -> Result | None:
-    """Return the result of a job, or None if other processes have work left.
-
-    Args:
-        place: of the folder to write.
-        part: of this process.
-        first: the files of the first stage, which the processes share out. Whoever
-            finds all of them whole, and nobody at work, does the rest.
-        do_part: writes the files of this process.
-        do_all: writes everything that is missing, and returns the result.
-    """
-    if part.count == 1:
-        with open_output(
-            place.target, inputs=place.inputs, num_bytes=place.num_bytes, job=place.job
-        ) as folder:
-            return do_all(folder)
-    if part.is_joint:
-        return _run_joint(place, part, first, do_part, do_all)
-    with _open_part(place, part) as folder:
-        do_part(folder)
-    return _do_rest(place, first, do_all)
-
-
-def choose_report(report: AdapterReport | None, part: Part) -> AdapterReport:
-    """Return the report of a job: on all joint processes, empty if work is left."""
-    if part.is_joint:
-        return share_report(report)
-    return AdapterReport(()) if report is None else report
-
-
-def _run_joint(
-    place: JobFolder,
-    part: Part,
-    first: Sequence[str],
-    do_part: Callable[[OutputFolder], Any],
-    do_all: Callable[[OutputFolder], Result],
-) -> Result | None:
-    """Run a job by all processes of `jax.distributed`; the first has the result.
-
-    An error of one of them is raised on all.
-    """
-    check_same(json.dumps(place.job), "arguments", "Pass the same to all of them.")
-    with contextlib.ExitStack() as stack:
-        with raising_on_all():
-            folder = stack.enter_context(_open_part(place, part))
-        with raising_on_all():
-            do_part(folder)
-            # Not in a collective, which may have a time limit.
-            folder.wait_until_idle()
-    wait_for_all("the parts are written")
-
-    with raising_on_all():
-        result = _do_rest(place, first, do_all) if is_first_process() else None
-        if is_first_process() and result is None:
-            raise ValueError(
-                f"{place.target}: must be written by one job at a time, got another "
-                "one at work. Wait for it, or choose another folder."
-            )
-    return result
-
-
 @contextlib.contextmanager
-def _open_part(place: JobFolder, part: Part) -> Iterator[SharedFolder]:
+def open_part(place: JobFolder, part: Part) -> Iterator[SharedFolder]:
     """Yield the folder for the part of one process; it stays when the block ends."""
     target = pathlib.Path(place.target).absolute()
     partial = make_partial(target, place.inputs)
@@ -260,23 +152,6 @@ def _open_part(place: JobFolder, part: Part) -> Iterator[SharedFolder]:
             folder.rest()
 
 
-def _do_rest(
-    place: JobFolder, first: Sequence[str], do_all: Callable[[OutputFolder], Result]
-) -> Result | None:
-    """Complete the job if its first stage is whole and no process is at work."""
-    target = pathlib.Path(place.target).absolute()
-    partial = name_partial(target)
-    try:
-        with hold_lock(partial / LOCK) as is_held:
-            if not is_held:
-                return None
-            folder = OutputFolder(partial, place.job)
-            if not all(map(folder.has, first)):
-                return None
-            folder.remove_others()
-            with finishing(partial, target):
-                return do_all(folder)
-    except FileNotFoundError:
-        if not target.exists():
-            raise
-        return None  # another process has completed it
+def name_record(index: int) -> str:
+    """Return the file in which a process says which files it has written."""
+    return f".progress-{index}.json"

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 _ROOT = pathlib.Path(__file__).parent.parent.parent
 
-# A process ends itself without waiting for the others: a failed one would hang there.
+# A process that fails ends at once. The others wait for each other at the end, because
+# the end of the first process ends all of them.
 _START = """
 import json, os, sys, traceback
 import jax
@@ -32,8 +33,7 @@ try:
     exec(compile(sys.stdin.read(), "<program>", "exec"))
 except BaseException:
     traceback.print_exc()
-    print("FAILED")
-    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(1)
 print("RESULT", json.dumps(results))
 sys.stdout.flush()
@@ -45,7 +45,8 @@ os._exit(0)
 class Ended(NamedTuple):
     """One process after its end."""
 
-    code: int | None  # negative: the signal that ended it; None: it ran too long
+    # 0: the program ran to its end; negative: a signal ended it; None: it ran too long
+    code: int | None
     results: dict  # `results` of the program; empty if it failed
     stderr: str
 
@@ -124,5 +125,6 @@ def _wait(process, limit):
         stdout, stderr = process.communicate()
         code = None
     lines = [line for line in stdout.splitlines() if line.startswith("RESULT ")]
-    results = json.loads(lines[-1].removeprefix("RESULT ")) if lines else {}
-    return Ended(code, results, stderr)
+    if not lines:
+        return Ended(code, {}, stderr)
+    return Ended(0, json.loads(lines[-1].removeprefix("RESULT ")), stderr)
