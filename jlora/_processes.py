@@ -132,7 +132,7 @@ def gather_texts(text: str) -> list[str]:
         padded = np.zeros(max(_MIN_BYTES, 2 ** (most - 1).bit_length()), np.uint8)
         padded[: len(data)] = data
         rows = multihost_utils.process_allgather(padded)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise RuntimeError(
             "all processes must reach this place, but one ended before or cannot be "

@@ -107,7 +107,10 @@ def _run_joint(
         with raising_on_all():
             folder = stack.enter_context(open_part(place, part))
         with raising_on_all():
-            do_part(folder)
+            try:
+                do_part(folder)
+            finally:
+                folder.rest()  # or the others would wait for a process that failed
             # Not in a collective, which may have a time limit.
             folder.wait_until_idle()
     wait_for_all("the parts are written")

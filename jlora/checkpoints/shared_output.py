@@ -79,7 +79,6 @@ class SharedFolder(OutputFolder):
 
     def wait_until_idle(self) -> None:
         """Wait until no other process is at work."""
-        self.rest()
         while self.is_another_at_work():
             time.sleep(_WAIT)
 

@@ -14,21 +14,22 @@ _ROOT = pathlib.Path(__file__).parent.parent.parent
 # A process that fails ends at once. The others wait for each other at the end, because
 # the end of the first process ends all of them.
 _START = """
-import json, os, sys, traceback
+import faulthandler, json, os, sys, traceback
+faulthandler.dump_traceback_later({limit})  # where a process that hangs stands
 import jax
 
 index, count, port = (int(text) for text in sys.argv[1:4])
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.distributed.initialize(
-    f"127.0.0.1:{port}", count, index, initialization_timeout=60,
+    f"127.0.0.1:{{port}}", count, index, initialization_timeout=60,
     heartbeat_timeout_seconds=10,
 )
 import numpy as np
 import jlora
 from jlora import _processes
 
-results = {}
+results = {{}}
 try:
     exec(compile(sys.stdin.read(), "<program>", "exec"))
 except BaseException:
@@ -58,7 +59,7 @@ def run_processes(program, count, *, num_devices=2, timeout=60, arguments=()):
     puts values of JSON into the dict `results`. Every process is killed after
     `timeout` seconds.
     """
-    running = start_processes(program, count, num_devices, arguments)
+    running = start_processes(program, count, num_devices, timeout, arguments)
     limit = time.monotonic() + timeout
     ended = []
     try:
@@ -79,7 +80,7 @@ def run_well(program, count, **options):
     return [each.results for each in ended]
 
 
-def start_processes(program, count, num_devices=2, arguments=()):
+def start_processes(program, count, num_devices=2, timeout=60, arguments=()):
     """Start the processes and return them; the caller has to end them."""
     port = find_free_port()
     flags = os.environ.get("XLA_FLAGS", "")
@@ -90,11 +91,12 @@ def start_processes(program, count, num_devices=2, arguments=()):
         "PYTHONDONTWRITEBYTECODE": "1",
         "OPENBLAS_NUM_THREADS": "1",
     }
+    start = _START.format(limit=0.9 * timeout)
     running = []
     for index in range(count):
         numbers = [str(number) for number in (index, count, port)]
         process = subprocess.Popen(
-            [sys.executable, "-c", _START, *numbers, *map(str, arguments)],
+            [sys.executable, "-c", start, *numbers, *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
