@@ -23,7 +23,7 @@ _MIN_BYTES = 256  # of an exchanged text: few sizes, so few compiled programs
 _MAX_MESSAGE = 2000  # characters of the message of an error
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
-# Kinds of errors that arrive as they were raised; any other becomes a RuntimeError.
+# Kinds of errors that other processes raise too; they raise RuntimeError for others.
 _ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
     for kind in (ValueError, TypeError, KeyError, NotImplementedError, MemoryError)
@@ -94,7 +94,7 @@ def share_error(error: Exception | None) -> None:
     """Raise on every process if one of them has an error, else return.
 
     Args:
-        error: of this process; it is raised here as it is. None: there is none.
+        error: of this process, which raises this object. None: there is none.
 
     Raises:
         Exception: the error of this process, or of the first one that has one.

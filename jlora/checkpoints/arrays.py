@@ -192,6 +192,7 @@ def _check_array(name: str, array: Any) -> AnyArray:
             f"`arrays` must hold NumPy or JAX arrays, got {type(array).__name__} at "
             f"{name}. Wrap it with np.asarray."
         )
+
     if not isinstance(array, jax.Array):
         array = np.asarray(array)
     elif jnp.issubdtype(array.dtype, jax.dtypes.prng_key):

@@ -181,6 +181,7 @@ def extract_checkpoint(
         ranks, report = choose_module_ranks(spectra, modules, wish, {})
         if not ranks:
             _refuse_no_factors(old, new, bool(report.skipped))
+
         layout = plan_stored_adapter(modules, ranks, portable=portable)
         read_factors = make_factor_reader(store, modules, ranks)
         whole = plan_saved(saved, layout.shapes, new)

@@ -140,6 +140,7 @@ class InitRun:
         store = WindowStore(
             folder, self._list_refs(ranks), max(ranks.values()), "factors"
         )
+
         with self._show("init") as bar:
             fill_initial_factors(
                 store,

@@ -60,6 +60,7 @@ def write_bases(
     plans: Plans = {}
     if format is not None:
         plans = plan_quantized_files(source, modules, store, format)
+
     total = len(source.files)
     with Progress("base", total, enabled=progress, unit="files") as bar:
         for number, path in enumerate(source.files):

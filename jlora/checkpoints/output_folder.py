@@ -139,6 +139,7 @@ def open_output(
                 f"{target}: must be written by one run at a time, got another run at "
                 "work. Wait for it, or choose another folder."
             )
+
         folder = OutputFolder(partial, job)
         folder.remove_others()
         check_space(target, partial, num_bytes)

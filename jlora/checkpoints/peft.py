@@ -162,6 +162,7 @@ def _check_modules(factors: Mapping[str, Factors]) -> dict[str, Factors]:
                 f"`factors` must name each module once, got {module!r} twice. "
                 "Leave one out."
             )
+
         u, v = _checks.check_factors(pair)
         if u.ndim not in (2, 3) or 0 in u.shape or 0 in v.shape:
             raise ValueError(

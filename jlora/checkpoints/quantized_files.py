@@ -25,7 +25,7 @@ DTYPES = ("float32", "bfloat16", "float16")  # that arrays stand for
 
 
 def list_tensors(name: str, array: QuantizedArray) -> dict[str, AnyArray]:
-    """Return {name: array} of the tensors that hold a quantised array, as they are."""
+    """Return {name: array} of the tensors that hold a quantised array."""
     from jlora.quantization.scales import NestedScales
 
     if array.format.name not in FORMATS:

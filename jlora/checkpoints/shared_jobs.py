@@ -39,6 +39,7 @@ def choose_part(process: tuple[int, int] | None) -> Part:
         if count == 1:
             return Part(0, 1, False)
         return Part(jax.process_index(), count, True)
+
     if not isinstance(process, tuple) or len(process) != 2:
         raise TypeError(
             "`process` must be a tuple (index, count), got "
@@ -146,6 +147,7 @@ def _do_rest(
             has_all = all(name_record(i) in records for i in range(part.count))
             if not has_all or not all(map(folder.has, first)):
                 return None
+
             folder.remove_others()
             with finishing(partial, target):
                 return do_all(folder)

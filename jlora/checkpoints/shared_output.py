@@ -141,6 +141,7 @@ def open_part(place: JobFolder, part: Part) -> Iterator[SharedFolder]:
                 f"{target}: must be written by one run at a time, got another run at "
                 "work. Wait for it, or choose another folder."
             )
+
         folder = SharedFolder(partial, place.job, part)
         folder.work()
         try:

@@ -34,6 +34,7 @@ def find_bounds(
             f"`index` must have a slice for each of at most {len(shape)} axes of "
             f"{name}, got {tuple(index)}. Use start:stop."
         )
+
     padded = (*index, *[slice(None)] * (len(shape) - len(index)))
     bounds = []
     for part, size in zip(padded, shape, strict=True):

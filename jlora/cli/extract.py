@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
         **read_job_options(arguments),
         key=jax.random.key(arguments.seed),
     )
+
     if is_left_to_others(arguments):
         return
     say_lines(report)

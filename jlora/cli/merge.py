@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         key=jax.random.key(arguments.seed) if is_random else None,
         **read_job_options(arguments),
     )
+
     if is_left_to_others(arguments):
         return
     say_end(

@@ -27,6 +27,7 @@ def replicate_others(template: Mapping[str, Any]) -> dict[str, Any]:
         for sharding in shardings
         if isinstance(sharding, NamedSharding) and sharding.num_devices > 1
     ]
+
     if not meshes:
         return dict(template)
     whole = NamedSharding(meshes[0], PartitionSpec())
