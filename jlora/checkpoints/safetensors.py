@@ -115,7 +115,12 @@ def write_safetensors(
 
     if values is None:
         values = (np.asarray(arrays[name]) for name in names)
-    for name, value in zip(names, values, strict=True):
-        dtype = np.dtype(arrays[name].dtype).newbyteorder("<")
-        flat = np.ascontiguousarray(value, dtype).reshape(-1)
-        file.write(flat.view(np.uint8).data)
+    each = iter(values)
+    for name in names:
+        # Without a variable: it would keep the array while the next one is read.
+        _write_array(file, next(each), np.dtype(arrays[name].dtype))
+
+
+def _write_array(file: BinaryIO, array: np.ndarray, dtype: np.dtype) -> None:
+    flat = np.ascontiguousarray(array, dtype.newbyteorder("<")).reshape(-1)
+    file.write(flat.view(np.uint8).data)
