@@ -52,7 +52,7 @@ class Ended(NamedTuple):
     stderr: str
 
 
-def run_processes(program, count, *, num_devices=2, timeout=60, arguments=()):
+def run_processes(program, count, *, num_devices=2, timeout=120, arguments=()):
     """Run a program text in several processes and return `Ended` for each.
 
     The program finds `jax`, `np`, `jlora`, `index`, `count` and `sys.argv[4:]`, and
@@ -80,7 +80,7 @@ def run_well(program, count, **options):
     return [each.results for each in ended]
 
 
-def start_processes(program, count, num_devices=2, timeout=60, arguments=()):
+def start_processes(program, count, num_devices=2, timeout=120, arguments=()):
     """Start the processes and return them; the caller has to end them."""
     port = find_free_port()
     flags = os.environ.get("XLA_FLAGS", "")
