@@ -1,9 +1,15 @@
-"""Progress of long loops on stderr: a bar on a terminal, plain lines elsewhere."""
+"""Progress of long loops on stderr: a bar on a terminal, plain lines elsewhere.
+
+Of several processes of `jax.distributed` the first one reports and warns.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
+import warnings
+
+from jlora._processes import is_first_process
 
 
 class Progress:
@@ -31,7 +37,7 @@ class Progress:
         self._stream = sys.stderr
         self._description = description
         self._total = total
-        self._enabled = enabled is not False
+        self._enabled = enabled is not False and is_first_process()
         self._every = every
         self._unit = unit
         self._is_quiet = is_quiet
@@ -120,6 +126,14 @@ class Progress:
 
 def report(text: str) -> None:
     """Write one line to stderr without breaking a bar on the same terminal."""
+    if not is_first_process():
+        return
     import tqdm
 
     tqdm.tqdm.write(text, file=sys.stderr)
+
+
+def warn(text: str, stacklevel: int = 1) -> None:
+    """Warn with a text; the level is counted as in `warnings.warn` of the caller."""
+    if is_first_process():
+        warnings.warn(text, stacklevel=stacklevel + 1)

@@ -45,6 +45,7 @@ ANY_PRECISION = (
     "tests/package/test_prose.py",
     "tests/package/test_public_api.py",
     "tests/training/test_resume.py",
+    "tests/training/test_sharded_resume.py",
     "tests/package/test_scalars.py",
     "tests/package/test_sharding.py",
     "tests/package/test_source.py",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jlora._numerics import safe_divide
+from jlora._progress import warn
 from jlora._types import Array, Float, Tree
 from jlora.adaptation.adapted_weight import AdaptedWeight, is_adapted
 from jlora.adaptation.paths import list_leaves
@@ -112,7 +112,7 @@ def warn_of_loss(found: Mapping[str, Requantized]) -> None:
     lost = [f"{path} ({kept:.0%})" for path, kept in pairs if kept < _LEAST_KEPT]
     if lost:
         shown = ", ".join(lost[:8]) + (", ..." if len(lost) > 8 else "")
-        warnings.warn(
+        warn(
             f"The deltas of {len(lost)} of {len(loss.paths)} weights are below the "
             f"step of their format, and merging keeps little of them: {shown}. Merge "
             "into float (requantize=False), or keep the factors beside the base.",

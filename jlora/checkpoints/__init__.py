@@ -3,9 +3,12 @@
 Reading and writing arrays:
 arrays              `load_arrays`, `save_arrays`: .npy, .npz and .safetensors files
 checkpoint          `open_checkpoint`: arrays of a file or folder, read when used
+sharded_arrays      `load_sharded`: on devices, each process reading its part
+host_arrays         arrays of devices on the host; several processes write one file
 lazy_tensors        such arrays as leaves of a tree
 sources             the choice between the formats
 stored_arrays       arrays that are read on use, and safetensors files
+slices              blocks of such arrays
 numpy_arrays        arrays of .npy and .npz files
 orbax_arrays        leaves of Orbax checkpoints
 quantized_weights   `load_weights`: quantised weights of several programs
@@ -36,7 +39,8 @@ adapter_files       the two files of an adapter
 
 Jobs, each a public function and a command:
 extract_jobs        `extract_checkpoint`; differences: its decompositions
-init_jobs           `initialize_checkpoint`; initial_factors, initial_bases: its parts
+init_jobs           `initialize_checkpoint`; init_run: its steps
+initial_factors     its factors; initial_bases: its bases
 merge_jobs          `merge_checkpoint`; merge_plan, merge_blocks, changes, tied: parts
 adapter_jobs        `resize_adapter`, `combine_adapters`; adapter_sums: their factors
 modules             the weights of a checkpoint as modules
@@ -48,6 +52,8 @@ adapter_ranks       ranks of modules, and a report of their energies
 pipelines           reading ahead and writing behind
 memory              the limit of memory of a job
 output_folder       a folder that appears whole
+shared_output       such a folder, written by several processes
+shared_jobs         who writes which part of it; locks: whether others are at work
 """
 
 from jlora.checkpoints.adapter_formats import load_adapter
@@ -61,6 +67,7 @@ from jlora.checkpoints.merge_jobs import MergeReport, merge_checkpoint
 from jlora.checkpoints.peft import load_peft, save_peft
 from jlora.checkpoints.peft_reader import PeftAdapter, read_peft
 from jlora.checkpoints.quantized_weights import load_weights
+from jlora.checkpoints.sharded_arrays import load_sharded
 
 __all__ = [
     "AdapterReport",
@@ -75,6 +82,7 @@ __all__ = [
     "load_adapter",
     "load_arrays",
     "load_peft",
+    "load_sharded",
     "load_weights",
     "merge_checkpoint",
     "open_checkpoint",

@@ -10,35 +10,40 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from jlora.checkpoints.adapter_layout import AdapterLayout, write_factors
 from jlora.checkpoints.files import replace_file
 from jlora.checkpoints.json_files import write_json
 from jlora.checkpoints.output_folder import OutputFolder
 from jlora.checkpoints.peft_config import CONFIG_NAME, MODEL_NAME
-from jlora.checkpoints.safetensors import check_entries, write_safetensors
 from jlora.factors import Factors
 
 
 def write_adapter(
-    folder: pathlib.Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]
+    folder: pathlib.Path,
+    layout: AdapterLayout,
+    read: Callable[[str], Factors],
+    config: Mapping[str, Any],
 ) -> None:
     """Write the tensors and the configuration of an adapter to a folder.
 
     A folder that does not exist appears with both files. In one that exists each file
     is replaced, the configuration last.
 
+    Args:
+        folder: to write to.
+        layout: of the adapter.
+        read: gives the factors of a module, each once, in the order of the layout.
+        config: more entries for the configuration.
+
     Raises:
         OSError, ValueError: the folder cannot be made or written to.
     """
-    check_entries(folder, tensors)
     if folder.exists() or folder.is_symlink():
         if not folder.is_dir():
             raise ValueError(
                 f"{folder}: must be a folder or a new path, got a file. Choose another."
             )
-        _write_files(folder, tensors, config)
+        _write_files(folder, layout, read, config)
         return
 
     # Beside the folder, so that a rename is enough.
@@ -50,7 +55,7 @@ def write_adapter(
     partial = parent / f".{secrets.token_hex(8)}.partial"
     partial.mkdir()
     try:
-        _write_files(partial, tensors, config)
+        _write_files(partial, layout, read, config)
         os.rename(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -84,9 +89,12 @@ def write_job_adapter(
 
 
 def _write_files(
-    folder: pathlib.Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]
+    folder: pathlib.Path,
+    layout: AdapterLayout,
+    read: Callable[[str], Factors],
+    config: Mapping[str, Any],
 ) -> None:
     with replace_file(folder / MODEL_NAME) as file:
-        write_safetensors(file, tensors)
+        write_factors(file, layout, read, {})
     with replace_file(folder / CONFIG_NAME) as file:
-        write_json(file, dict(config))
+        write_json(file, {**layout.config, **config})

@@ -42,9 +42,10 @@ from jlora.checkpoints.output_folder import (
     OutputFolder,
     check_target,
     identify,
-    open_output,
 )
 from jlora.checkpoints.peft_config import CONFIG_NAME, MODEL_NAME
+from jlora.checkpoints.shared_jobs import choose_part, choose_report, run_shared
+from jlora.checkpoints.shared_output import JobFolder
 from jlora.checkpoints.window_store import WORK, WindowStore
 
 Path = str | os.PathLike[str]
@@ -212,11 +213,17 @@ class _Job:
             "portable": self._portable,
         }
         layout = plan_adapter(self._shapes, portable=self._portable)
-        size = 2 * count_bytes(layout)
-        with open_output(output, inputs=folders, num_bytes=size, job=job) as folder:
+        place = JobFolder(output, folders, 2 * count_bytes(layout), job)
+
+        def write(folder: OutputFolder) -> AdapterReport:
             if self._wish is None:
                 return self._write_exact(folder, layout)
             return self._write_thin(folder, self._wish)
+
+        # Of several processes the first one does this small job, and all return then.
+        part = choose_part(None)
+        report = run_shared(place, part, [], lambda folder: None, write)
+        return choose_report(report, part)
 
     @property
     def _shapes(self) -> dict[str, FactorShape]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jlora import _checks
+from jlora._processes import share_json
 from jlora._types import Float
 from jlora.adaptation.tables import format_table
 from jlora.rank_selection.budget import allocate_ranks
@@ -141,6 +142,13 @@ def plan_report(
         for module, (old_rank, limit) in sizes.items()
     ]
     return AdapterReport(tuple(rows), tuple(skipped))
+
+
+def share_report(report: AdapterReport | None) -> AdapterReport:
+    """Return the report of the first process on all of them."""
+    modules, skipped = share_json(report)
+    rows = tuple(ModuleReport(*row) for row in modules)
+    return AdapterReport(rows, tuple((name, reason) for name, reason in skipped))
 
 
 def report_module(

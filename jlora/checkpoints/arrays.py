@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jlora._types import AnyArray
 from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.checkpoints.files import replace_file
+from jlora.checkpoints.host_arrays import write_together
 from jlora.checkpoints.numpy_files import can_keep, write_npy, write_npz
 from jlora.checkpoints.quantized_files import (
     STATE,
@@ -19,7 +22,11 @@ from jlora.checkpoints.quantized_files import (
     join_tensors,
     list_tensors,
 )
-from jlora.checkpoints.safetensors import check_entries, write_safetensors
+from jlora.checkpoints.safetensors import (
+    check_entries,
+    sort_names,
+    write_safetensors,
+)
 from jlora.quantization.quantized_array import QuantizedArray
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
@@ -76,15 +83,24 @@ def save_arrays(path: Path, arrays: Mapping[str, AnyArray] | AnyArray) -> None:
     The content goes to a temporary file in the same folder, which is flushed and then
     renamed. If the write fails, an existing file keeps its content.
 
+    Arrays may be sharded over devices and over the processes of `jax.distributed`. If
+    one of them lies on devices of several processes, all processes have to call this
+    with the same arrays: they gather one array at a time, the first process writes it,
+    and all return when the file is there. Otherwise the process that calls it writes.
+
     Args:
         path: the file. The suffix decides the format.
         arrays: {name: array}, or one array for .npy. A `QuantizedArray` becomes several
             tensors, `<name>`, `<name>.scales`, `<name>.quantized`, ...
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written. Every process raises it.
         TypeError: a dtype that the format has no name for.
-        ValueError: another suffix, no array, or several arrays for .npy.
+        ValueError: another suffix, no array, or several arrays for .npy; arrays that
+            differ between processes, or lie on some of them only.
+
+    Cost: one array is on the host at a time, and whole on each device while it is
+        gathered.
 
     Example:
         >>> import numpy as np, tempfile, jlora
@@ -98,21 +114,27 @@ def save_arrays(path: Path, arrays: Mapping[str, AnyArray] | AnyArray) -> None:
     path = pathlib.Path(path)
     named: Any = arrays if hasattr(arrays, "items") else {path.stem: arrays}
     named = _split_quantized(path, named)
-    named = {name: _to_numpy(name, array) for name, array in named.items()}
+    named = {name: _check_array(name, array) for name, array in named.items()}
     check_savable(path, named)
 
     suffix = check_suffix(path)
-    with replace_file(path) as file:
-        if suffix == ".safetensors":
-            write_safetensors(file, named)
-        elif suffix == ".npz":
-            write_npz(file, named)
-        else:
-            (array,) = named.values()
-            write_npy(file, array)
+    if suffix == ".safetensors":
+        named = {name: named[name] for name in sort_names(named)}
+
+    def write(values: Iterator[np.ndarray]) -> None:
+        with replace_file(path) as file:
+            if suffix == ".safetensors":
+                write_safetensors(file, named, values)
+            elif suffix == ".npz":
+                write_npz(file, zip(named, values, strict=True))
+            else:
+                (array,) = values
+                write_npy(file, array)
+
+    write_together(path, named, write)
 
 
-def check_savable(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def check_savable(path: Path, arrays: Mapping[str, AnyArray]) -> None:
     """Refuse arrays that the format of `path` cannot hold unchanged.
 
     Raises:
@@ -162,15 +184,22 @@ def _split_quantized(path: Path, arrays: Mapping[str, Any]) -> dict[str, Any]:
     return named
 
 
-def _to_numpy(name: str, array: AnyArray) -> np.ndarray:
-    """Return the array as NumPy, or refuse anything but an array of numbers."""
+def _check_array(name: str, array: Any) -> AnyArray:
+    """Return an array of JAX itself, else one of NumPy; refuse anything but numbers."""
     is_array = hasattr(array, "shape") and hasattr(array, "dtype")
     if not is_array or isinstance(array, np.ma.MaskedArray):
         raise TypeError(
             f"`arrays` must hold NumPy or JAX arrays, got {type(array).__name__} at "
             f"{name}. Wrap it with np.asarray."
         )
-    array = np.asarray(array)
+
+    if not isinstance(array, jax.Array):
+        array = np.asarray(array)
+    elif jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        raise TypeError(
+            f"`arrays` must hold numbers, got a key at {name}. Save its numbers, "
+            "jax.random.key_data(key)."
+        )
     if array.dtype.hasobject:
         raise TypeError(
             f"`arrays` must hold numbers, got Python objects at {name}. Convert them."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from jlora.checkpoints.float_weights import (
 from jlora.checkpoints.folders import read_model_config
 from jlora.checkpoints.lazy_tensors import LazyTensor
 from jlora.checkpoints.safetensors_header import TensorEntry
+from jlora.checkpoints.slices import find_bounds, read_block
 from jlora.checkpoints.sources import list_arrays
 from jlora.checkpoints.stored_arrays import SafetensorsArray, StoredArray
 
@@ -156,6 +157,14 @@ class Checkpoint(Mapping[str, np.ndarray]):
         first, last, _ = slice(start, stop).indices(array.shape[0])
         return array.read_rows(first, max(first, last))
 
+    def read_slice(self, name: str, index: Sequence[slice]) -> np.ndarray:
+        """Return `self[name][index]`, with a slice for each axis; missing ones are all.
+
+        Only the block is read from .safetensors files, and its rows from others.
+        """
+        array = self._find(name)
+        return read_block(array, find_bounds(index, array.shape, name))
+
     def read_dequantized(
         self,
         name: str,
@@ -259,8 +268,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     Returns:
         `Checkpoint`, a mapping {name: NumPy array} with `info`, `read_rows`,
-        `read_dequantized`, `scales`, `files` and `num_bytes`. The names are in the
-        order of the files and of their data.
+        `read_slice`, `read_dequantized`, `scales`, `files` and `num_bytes`. The names
+        are in the order of the files and of their data. `load_sharded` puts it on
+        devices.
 
     Raises:
         ImportError: an Orbax checkpoint, without orbax-checkpoint (`jlora[train]`).

@@ -42,9 +42,11 @@ from jlora.checkpoints.modules import (
     list_matrices,
     list_modules,
 )
-from jlora.checkpoints.output_folder import check_target, identify, open_output
+from jlora.checkpoints.output_folder import OutputFolder, check_target, identify
 from jlora.checkpoints.saved_parameters import can_be_saved, plan_saved
-from jlora.checkpoints.window_store import WORK, WindowStore
+from jlora.checkpoints.shared_jobs import choose_part, choose_report, run_shared
+from jlora.checkpoints.shared_output import JobFolder
+from jlora.checkpoints.window_store import WORK, WindowStore, list_window_files
 
 Path = str | os.PathLike[str]
 
@@ -66,6 +68,7 @@ def extract_checkpoint(
     portable: bool = True,
     key: PRNGKey,
     max_memory: int | None = None,
+    process: tuple[int, int] | None = None,
     progress: bool | None = None,
     dry_run: bool = False,
 ) -> AdapterReport:
@@ -95,13 +98,19 @@ def extract_checkpoint(
         key: one typed PRNG key, consumed; folded with each name.
         max_memory: bytes of the process, with about 200 MiB for JAX itself. None: no
             limit.
+        process: (index, count), the part of the work for this process; all of them
+            must see one file system. Each writes its matrices and ends, and the last
+            one completes the folder, with the same bytes as one process. Rerun the
+            one that died. None: everything, or the part of this process of
+            `jax.distributed`, where all return when the folder is there.
         dry_run: only check, and return the largest ranks that there may be, with NaN
             for unknown numbers.
         progress: None: a bar on a terminal, plain lines elsewhere. False: neither.
 
     Returns:
-        `AdapterReport`. Differences that are not in the adapter are listed in
-        `skipped`: tensors of one side only, of another shape, vectors.
+        `AdapterReport`, without modules if other processes have work left. Differences
+        that are not in the adapter are listed in `skipped`: tensors of one side only,
+        of another shape, vectors.
 
     Raises:
         OSError: a file cannot be read or written.
@@ -133,6 +142,7 @@ def extract_checkpoint(
     max_rank = wish.rank or _checks.check_integer(max_rank, "max_rank")
     max_memory = check_max_memory(max_memory)
     layouts = check_layouts(layouts)
+    part = choose_part(process)
 
     # Find out everything before the first byte is written.
     old, new = open_checkpoint(base), open_checkpoint(tuned)
@@ -158,15 +168,20 @@ def extract_checkpoint(
     refs = list_matrices(modules)
     num_bytes = sum(4 * max_rank * sum(ref.module.shape) for ref in refs)
     num_bytes = 2 * num_bytes + sum(2 * new.info(name).num_bytes for name in saved)
-    with open_output(output, inputs=inputs, num_bytes=num_bytes, job=job) as folder:
+
+    def decompose(folder: OutputFolder) -> WindowStore:
         store = WindowStore(folder, refs, max_rank, "svd")
         with Progress("extract", len(refs), enabled=progress, unit="matrices") as bar:
             fill_store(store, Operands(new, old), max_rank, key, max_memory, bar)
+        return store
 
+    def write_all(folder: OutputFolder) -> AdapterReport:
+        store = decompose(folder)
         spectra = read_spectra(store, modules)
         ranks, report = choose_module_ranks(spectra, modules, wish, {})
         if not ranks:
             _refuse_no_factors(old, new, bool(report.skipped))
+
         layout = plan_stored_adapter(modules, ranks, portable=portable)
         read_factors = make_factor_reader(store, modules, ranks)
         whole = plan_saved(saved, layout.shapes, new)
@@ -174,6 +189,12 @@ def extract_checkpoint(
             folder, layout, read_factors, saved=whole.tensors, config=whole.config
         )
         folder.drop(WORK)
+        return report
+
+    place = JobFolder(output, inputs, num_bytes, job)
+    first = list_window_files(refs, max_rank, "svd")
+    report = run_shared(place, part, first, decompose, write_all)
+    report = choose_report(report, part)
     return report._replace(skipped=(*report.skipped, *skipped))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import re
@@ -11,50 +12,35 @@ from typing import Any
 import jax
 
 from jlora import _checks
-from jlora._progress import Progress
 from jlora._types import PRNGKey
-from jlora.checkpoints.adapter_files import write_job_adapter
 from jlora.checkpoints.adapter_ranks import (
     AdapterReport,
-    RankWish,
     check_wish,
     plan_report,
 )
 from jlora.checkpoints.architectures import Layouts, check_layouts
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from jlora.checkpoints.differences import Operands, fill_store
-from jlora.checkpoints.factor_store import (
-    choose_module_ranks,
-    plan_stored_adapter,
-    read_spectra,
-)
 from jlora.checkpoints.float_weights import check_changeable
 from jlora.checkpoints.folders import read_model_config
-from jlora.checkpoints.initial_bases import has_moved, write_bases
+from jlora.checkpoints.init_run import InitRun
 from jlora.checkpoints.initial_factors import (
-    BaseStorage,
     check_memory,
     check_method,
     check_stacks,
-    fill_initial_factors,
-    make_initial_reader,
-    report_initial_factors,
 )
 from jlora.checkpoints.memory import check_max_memory
 from jlora.checkpoints.modules import (
     StoredModule,
     is_target,
-    list_matrices,
     list_modules,
 )
 from jlora.checkpoints.output_folder import (
-    OutputFolder,
     check_target,
     identify,
-    open_output,
 )
-from jlora.checkpoints.quantized_bases import can_be_foreign, check_quantizable
-from jlora.checkpoints.window_store import WORK, WindowStore
+from jlora.checkpoints.quantized_bases import check_quantizable
+from jlora.checkpoints.shared_jobs import choose_part, choose_report, run_shared
+from jlora.checkpoints.shared_output import JobFolder
 from jlora.initializers.base import Initializer
 from jlora.quantization.base import Format
 from jlora.quantization.formats import as_format
@@ -77,6 +63,7 @@ def initialize_checkpoint(
     portable: bool = True,
     key: PRNGKey,
     max_memory: int | None = None,
+    process: tuple[int, int] | None = None,
     progress: bool | None = None,
     dry_run: bool = False,
 ) -> AdapterReport:
@@ -111,13 +98,19 @@ def initialize_checkpoint(
         key: one typed PRNG key, consumed; folded with each name.
         max_memory: bytes of the process, with about 200 MiB for JAX itself. None: no
             limit.
+        process: (index, count), the part of the work for this process; all of them
+            must see one file system. Each writes its matrices and ends, and the last
+            one completes the folder, with the same bytes as one process. Rerun the
+            one that died. None: everything, or the part of this process of
+            `jax.distributed`, where all return when the folder is there.
         progress: None: a bar on a terminal, plain lines elsewhere. False: neither.
         dry_run: only check, and return the largest ranks that there may be, with NaN
             for unknown numbers.
 
     Returns:
-        `AdapterReport`; the energy is the part of the weight that the delta holds.
-        Matrices that are targets and have no factors are listed in `skipped`.
+        `AdapterReport`, without modules if other processes have work left; the energy
+        is the part of the weight that the delta holds. Matrices that are targets and
+        have no factors are listed in `skipped`.
 
     Raises:
         OSError: a file cannot be read or written.
@@ -150,6 +143,7 @@ def initialize_checkpoint(
     max_memory = check_max_memory(max_memory)
     initializer = check_method(method)
     format = None if quantize is None else as_format(quantize, "quantize")
+    part = choose_part(process)
 
     # Find out everything before the first byte is written.
     source = open_checkpoint(checkpoint)
@@ -176,92 +170,18 @@ def initialize_checkpoint(
         "portable": portable,
         "key": jax.random.key_data(key).tolist(),
     }
-    moves = has_moved(initializer, modules, format)
-    is_foreign = format is not None and can_be_foreign(modules, format)
-    storage = BaseStorage(format, is_foreign)
-    num_bytes = (
-        8 * max_rank * sum(sum(ref.module.shape) for ref in list_matrices(modules))
+    run = InitRun(
+        source, modules, initializer, format, wish, max_rank, key, max_memory, progress
     )
-    num_bytes += source.num_bytes if moves else 0
-    with open_output(output, inputs=inputs, num_bytes=num_bytes, job=job) as folder:
-        run = _Run(folder, source, modules, initializer, key, max_memory, progress)
-        ranks = run.choose_ranks(wish, max_rank)
-        store = run.fill(ranks, storage)
-        layout = plan_stored_adapter(modules, ranks, portable=portable)
-        read = make_initial_reader(store, modules)
-        write_job_adapter(folder, layout, read, prefix="adapter/")
-        if moves:
-            write_bases(folder, source, modules, initializer, store, format, progress)
-        report = report_initial_factors(store, modules, ranks)
-        folder.drop(WORK)
-    return report._replace(skipped=tuple(skipped))
-
-
-class _Run:
-    """The steps of one run that decompose the weights."""
-
-    def __init__(
-        self,
-        folder: OutputFolder,
-        source: Checkpoint,
-        modules: list[StoredModule],
-        initializer: Initializer,
-        key: PRNGKey,
-        max_memory: int | None,
-        progress: bool | None,
-    ) -> None:
-        self._folder = folder
-        self._source = source
-        self._modules = modules
-        self._refs = list_matrices(modules)
-        self._initializer = initializer
-        self._key = key
-        self._max_memory = max_memory
-        self._progress = progress
-
-    def choose_ranks(self, wish: RankWish, max_rank: int) -> dict[str, int]:
-        """Return the rank of each module."""
-        limits = {
-            module.path: self._initializer.max_rank(*module.shape)
-            for module in self._modules
-        }
-        if wish.rank is not None:
-            return {path: min(wish.rank, limit) for path, limit in limits.items()}
-
-        store = WindowStore(self._folder, self._refs, max_rank, "svd")
-        with self._show("spectra") as bar:
-            fill_store(
-                store,
-                Operands(self._source, None),
-                max_rank,
-                jax.random.fold_in(self._key, 0),  # the factors take the key itself
-                self._max_memory,
-                bar,
-            )
-        spectra = read_spectra(store, self._modules)
-        ranks, _ = choose_module_ranks(spectra, self._modules, wish, {})
-        return {path: min(rank, limits[path]) for path, rank in ranks.items()}
-
-    def fill(self, ranks: Mapping[str, int], storage: BaseStorage) -> WindowStore:
-        """Return the first factors of all modules with a rank, on disk."""
-        refs = [ref for ref in self._refs if ref.module.path in ranks]
-        store = WindowStore(self._folder, refs, max(ranks.values()), "factors")
-        with self._show("init") as bar:
-            fill_initial_factors(
-                store,
-                self._source,
-                self._initializer,
-                ranks,
-                storage,
-                self._key,
-                self._max_memory,
-                bar,
-            )
-        return store
-
-    def _show(self, description: str) -> Progress:
-        total = len(self._refs)
-        return Progress(description, total, enabled=self._progress, unit="matrices")
+    place = JobFolder(output, inputs, run.count_bytes(), job)
+    report = run_shared(
+        place,
+        part,
+        run.list_first_files(),
+        run.write_part,
+        functools.partial(run.write_all, portable=portable),
+    )
+    return choose_report(report, part)._replace(skipped=tuple(skipped))
 
 
 def _list_targets(

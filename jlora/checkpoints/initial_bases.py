@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
@@ -28,6 +29,8 @@ from jlora.checkpoints.window_store import WindowStore
 from jlora.initializers.base import Initializer
 from jlora.quantization.base import Format
 
+Plans: TypeAlias = dict[pathlib.Path, list[OutputTensor]]  # tensors of each file
+
 
 def has_moved(
     initializer: Initializer, modules: Iterable[StoredModule], format: Format | None
@@ -44,29 +47,46 @@ def write_bases(
     store: WindowStore,
     format: Format | None,
     progress: bool | None,
-) -> None:
+) -> Plans:
     """Write the checkpoint without the deltas of the first factors.
 
     Each weight is w - u @ v, rounded once; a quantised method gives its own base. With
     a format the bases are stored in it. The other tensors are copied byte for byte.
+
+    Returns:
+        The tensors of each file with a format, and else none.
     """
     modules = [module for module in modules if _moves(initializer, module, format)]
-    is_folder = source.path.is_dir()
-    plans: dict[pathlib.Path, list[OutputTensor]] = {}
+    plans: Plans = {}
     if format is not None:
         plans = plan_quantized_files(source, modules, store, format)
-    with Progress("base", len(source.files), enabled=progress, unit="files") as bar:
-        for path in source.files:
-            name = f"base/{path.name if is_folder else 'model.safetensors'}"
-            if not folder.has(name):
+
+    total = len(source.files)
+    with Progress("base", total, enabled=progress, unit="files") as bar:
+        for number, path in enumerate(source.files):
+            name = path.name if source.path.is_dir() else "model.safetensors"
+            name = f"base/{name}"
+            if folder.owns(number, total) and not folder.has(name):
                 plan = plans.get(path)
                 if plan is None:
                     changes = _find_changes(source, path, modules, initializer, store)
                     plan = plan_files(source, changes, None)[path]
                 folder.write(name, functools.partial(write_tensors, source, path, plan))
             bar.count()
+    return plans
 
-    for path in find_side_files(source.path) if is_folder else ():
+
+def write_side_files(
+    folder: OutputFolder,
+    source: Checkpoint,
+    modules: Sequence[StoredModule],
+    initializer: Initializer,
+    plans: Plans,
+    format: Format | None,
+) -> None:
+    """Write the files of the base that hold no tensors, if the model is a folder."""
+    modules = [module for module in modules if _moves(initializer, module, format)]
+    for path in find_side_files(source.path) if source.path.is_dir() else ():
         write = functools.partial(copy_file, path)
         if format is not None:
             write = make_quantized_side_file(source, path, plans, modules, format)

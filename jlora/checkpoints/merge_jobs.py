@@ -26,9 +26,11 @@ from jlora.checkpoints.merge_plan import (
     make_side_file,
     plan_files,
 )
-from jlora.checkpoints.output_folder import check_target, identify, open_output
+from jlora.checkpoints.output_folder import OutputFolder, check_target, identify
 from jlora.checkpoints.peft_file import PeftFile, open_peft
 from jlora.checkpoints.peft_reader import read_adapter
+from jlora.checkpoints.shared_jobs import choose_part, run_shared
+from jlora.checkpoints.shared_output import JobFolder
 from jlora.checkpoints.tied import Untied, untie
 from jlora.reconstruction.rounding import check_rounding
 
@@ -59,6 +61,7 @@ def merge_checkpoint(
     key: PRNGKey | None = None,
     layouts: Layouts | None = None,
     max_memory: int | None = None,
+    process: tuple[int, int] | None = None,
     progress: bool | None = None,
     dry_run: bool = False,
 ) -> MergeReport:
@@ -84,6 +87,11 @@ def merge_checkpoint(
             matrices of models that jlora does not know. None: the table of jlora.
         max_memory: bytes of the process, with about 200 MiB for JAX itself. None: no
             limit.
+        process: (index, count), the part of the work for this process; all of them
+            must see one file system. Each writes its files and ends, and the last
+            one completes the folder, with the same bytes as one process. Rerun the
+            one that died. None: everything, or the part of this process of
+            `jax.distributed`, where all return when the folder is there.
         progress: None: a bar on a terminal, plain lines elsewhere. False: neither.
         dry_run: only check, and return what would be done.
 
@@ -121,6 +129,8 @@ def merge_checkpoint(
             "needs two tensors. Choose one of them."
         )
 
+    part = choose_part(process)
+
     # Find out everything before the first byte is written.
     checkpoint = open_checkpoint(base)
     is_folder = checkpoint.path.is_dir()
@@ -148,22 +158,31 @@ def merge_checkpoint(
         "key": None if key is None else jax.random.key_data(key).tolist(),
     }
     size = report.num_bytes + sum(path.stat().st_size for path in sides)
-    with open_output(output, inputs=inputs, num_bytes=size, job=job) as folder:
+    names = {path: path.name if is_folder else "model.safetensors" for path in files}
+
+    def write_files(folder: OutputFolder) -> None:
         total = len(report.changed) + report.copied
         with Progress("merge", total, enabled=progress, unit="tensors") as bar:
             write = functools.partial(
                 write_tensors, checkpoint, rounding=rounding, key=key, bar=bar
             )
-            for path, plan in files.items():
-                name = path.name if is_folder else "model.safetensors"
-                if not folder.write(name, functools.partial(write, path, plan)):
+            for number, (path, plan) in enumerate(files.items()):
+                is_ours = folder.owns(number, len(files))
+                run = functools.partial(write, path, plan)
+                if is_ours and not folder.write(names[path], run):
                     bar.count(len(plan))
 
+    def write_all(folder: OutputFolder) -> MergeReport:
+        write_files(folder)
         for path in sides:
             content = make_side_file(
                 path, files, config, report.num_bytes, untied is not None
             )
             folder.write(path.name, content)
+        return report
+
+    place = JobFolder(output, inputs, size, job)
+    run_shared(place, part, list(names.values()), write_files, write_all)
     return report
 
 

@@ -10,7 +10,7 @@ import ast
 import math
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import BinaryIO, NamedTuple
 
 import ml_dtypes
@@ -115,11 +115,11 @@ def write_npy(file: BinaryIO, array: np.ndarray) -> None:
     np.lib.format.write_array(file, array, allow_pickle=False)
 
 
-def write_npz(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write {name: array} to an open binary file in the .npz format."""
+def write_npz(file: BinaryIO, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Write (name, array) of each to an open binary file in the .npz format."""
     # Write member by member: np.savez refuses an array with the name "file".
     with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
-        for name, array in arrays.items():
+        for name, array in arrays:
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 write_npy(member, array)  # type: ignore[arg-type]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -16,23 +15,36 @@ import numpy as np
 
 from jlora.checkpoints.files import describe_kind, replace_file
 from jlora.checkpoints.json_files import read_json, write_json
+from jlora.checkpoints.locks import hold_lock
 
 _PROGRESS = ".progress.json"
-_LOCK = ".lock"
+_PROGRESS_FILES = ".progress*.json"
+LOCK = ".lock"  # of the folder: shared by processes of one job, or of one run
+PROCESS_LOCKS = ".process-*.lock"  # each of a process at work on its part
 
 
 class OutputFolder:
     """The folder while it is written; see `open_output`."""
 
+    _progress_name = _PROGRESS
+
     def __init__(self, partial: pathlib.Path, job: Mapping[str, Any]) -> None:
         self.path = partial
         self._job = json.loads(json.dumps(job))
-        self._done: dict[str, int] = self._read_progress()
+        self._done: dict[str, int] = self._read_done()
 
     def has(self, name: str) -> bool:
         """Return whether a file is whole, from this run or an interrupted one."""
         path = self.path / name
         return path.is_file() and path.stat().st_size == self._done.get(name)
+
+    def owns(self, number: int, count: int) -> bool:
+        """Return whether one of `count` pieces of work is for this process."""
+        return True
+
+    def wait_for(self, names: Sequence[str]) -> bool:
+        """Return whether these files are whole, after the processes that write them."""
+        return all(map(self.has, names))
 
     def write(
         self, name: str, write: Callable[[BinaryIO], None], *, again: bool = False
@@ -49,29 +61,49 @@ class OutputFolder:
         with replace_file(path) as file:
             write(file)
         self._done[name] = path.stat().st_size
-        with replace_file(self.path / _PROGRESS) as file:
-            write_json(file, {"job": self._job, "done": self._done})
+        self._write_progress()
         return True
 
     def drop(self, name: str) -> None:
         """Remove a folder that the result does not need."""
         shutil.rmtree(self.path / name, ignore_errors=True)
 
-    def _read_progress(self) -> dict[str, int]:
-        """Return the whole files of an interrupted run of this job; remove all else."""
-        path, done = self.path / _PROGRESS, {}
-        if path.is_file():
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-                progress = read_json(path)
-                if progress["job"] == self._job:
-                    done = {str(k): int(v) for k, v in progress["done"].items()}
-
-        kept = {*done, _PROGRESS, _LOCK}
+    def remove_others(self) -> None:
+        """Remove everything but the whole files of interrupted runs of this job."""
+        self._write_progress()  # first: it is the record of the files to keep
+        records = [name for name, job, _ in self.list_records() if job == self._job]
+        kept = {*self._done, *records, LOCK}
         for entry in self.path.rglob("*"):
             is_folder = entry.is_dir() and not entry.is_symlink()
-            if not is_folder and str(entry.relative_to(self.path)) not in kept:
+            is_process_lock = entry.match(PROCESS_LOCKS)
+            name = str(entry.relative_to(self.path))
+            if not (is_folder or is_process_lock or name in kept):
                 entry.unlink()
+
+    def _write_progress(self) -> None:
+        with replace_file(self.path / self._progress_name) as file:
+            write_json(file, {"job": self._job, "done": self._done})
+
+    def _read_done(self) -> dict[str, int]:
+        """Return {file: bytes} that the runs of this job have written."""
+        done: dict[str, int] = {}
+        for _, job, files in self.list_records():
+            if job == self._job:
+                done |= files
         return done
+
+    def list_records(self) -> Iterator[tuple[str, Any, dict[str, int]]]:
+        """Yield (name, job, {file: bytes}) of each process; damaged ones are left out.
+
+        A record is the file in which a process says which files it has written.
+        """
+        for path in sorted(self.path.glob(_PROGRESS_FILES)):
+            with contextlib.suppress(
+                ValueError, KeyError, TypeError, AttributeError, FileNotFoundError
+            ):
+                progress = read_json(path)
+                done = {str(k): int(v) for k, v in progress["done"].items()}
+                yield path.name, progress["job"], done
 
 
 @contextlib.contextmanager
@@ -100,30 +132,47 @@ def open_output(
             writes it, or the disk has too little space.
     """
     target = pathlib.Path(target).absolute()
+    partial = make_partial(target, inputs)
+    with hold_lock(partial / LOCK) as is_held:
+        if not is_held:
+            raise ValueError(
+                f"{target}: must be written by one run at a time, got another run at "
+                "work. Wait for it, or choose another folder."
+            )
+
+        folder = OutputFolder(partial, job)
+        folder.remove_others()
+        check_space(target, partial, num_bytes)
+        with finishing(partial, target):
+            yield folder
+
+
+def make_partial(target: pathlib.Path, inputs: Sequence[pathlib.Path]) -> pathlib.Path:
+    """Return the folder beside a checked target in which it is written."""
     check_target(target, inputs)
-    partial = target.parent / f".{target.name}.partial"
+    partial = name_partial(target)
     if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
         raise ValueError(
             f"{partial}: must be a folder of an earlier run, got another. Remove it."
         )
     partial.mkdir(exist_ok=True)
+    return partial
 
-    with open(partial / _LOCK, "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{target}: must be written by one run at a time, got another run at "
-                "work. Wait for it, or choose another folder."
-            ) from None
-        folder = OutputFolder(partial, job)
-        _check_space(target, partial, num_bytes)
-        try:
-            yield folder
-        except ValueError:  # of the inputs: going on would not help
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        _finish(partial, target)
+
+def name_partial(target: pathlib.Path) -> pathlib.Path:
+    """Return the path of the folder in which a target is written."""
+    return target.parent / f".{target.name}.partial"
+
+
+@contextlib.contextmanager
+def finishing(partial: pathlib.Path, target: pathlib.Path) -> Iterator[None]:
+    """Rename the folder after the block; remove it after a ValueError."""
+    try:
+        yield
+    except ValueError:  # of the inputs: going on would not help
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _finish(partial, target)
 
 
 def check_target(target: pathlib.Path, inputs: Sequence[pathlib.Path]) -> None:
@@ -185,8 +234,9 @@ def write_array(file: BinaryIO, array: np.ndarray) -> None:
 
 
 def _finish(partial: pathlib.Path, target: pathlib.Path) -> None:
-    for name in (_PROGRESS, _LOCK):
-        (partial / name).unlink(missing_ok=True)
+    for pattern in (_PROGRESS_FILES, PROCESS_LOCKS, LOCK):
+        for path in partial.glob(pattern):
+            path.unlink(missing_ok=True)
     for entry in (partial, *partial.rglob("*")):
         if entry.is_dir():
             _flush_folder(entry)
@@ -202,11 +252,11 @@ def _flush_folder(folder: pathlib.Path) -> None:
         os.close(descriptor)
 
 
-def _check_space(target: pathlib.Path, partial: pathlib.Path, num_bytes: int) -> None:
+def check_space(target: pathlib.Path, partial: pathlib.Path, num_bytes: int) -> None:
     status = os.statvfs(partial)
     free = status.f_bavail * status.f_frsize
     files = (entry for entry in partial.rglob("*") if entry.is_file())
-    there = sum(entry.stat().st_size for entry in files)
+    there = sum(entry.stat().st_size for entry in files if entry.name[0] != ".")
     needed = num_bytes + num_bytes // 100 - there
     if needed > free:
         raise ValueError(

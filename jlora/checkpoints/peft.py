@@ -6,25 +6,23 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from jlora import _checks
 from jlora.checkpoints.adapter_files import write_adapter
-from jlora.checkpoints.adapter_layout import (
-    FactorShape,
-    arrange_factors,
-    plan_adapter,
-)
+from jlora.checkpoints.adapter_layout import FactorShape, plan_adapter
 from jlora.checkpoints.architectures import EMBEDDINGS
+from jlora.checkpoints.host_arrays import write_together
 from jlora.checkpoints.peft_file import (
     check_finite,
     check_only_factors,
     make_pair,
     open_peft,
 )
+from jlora.checkpoints.safetensors import check_entries
 from jlora.factors import Factors
 
 
@@ -42,6 +40,10 @@ def save_peft(
     The folder gets `adapter_model.safetensors` and `adapter_config.json`. The scale is
     multiplied into the factors, √|scale| on each side, and the configuration says that
     it is 1.
+
+    Factors may be sharded. If some lie on devices of several processes, all processes
+    have to call this with the same factors, as `save_arrays` says. The factors of one
+    module are on the host at a time.
 
     Args:
         folder: to write to; made if it does not exist. Files of an earlier adapter in
@@ -77,36 +79,34 @@ def save_peft(
         ((4, 2), 2)
         >>> folder.cleanup()
     """
-    tensors, content = format_adapter(
-        factors, scale=scale, portable=portable, embeddings=embeddings
-    )
-    write_adapter(pathlib.Path(folder), tensors, content | dict(config or {}))
-
-
-def format_adapter(
-    factors: Mapping[str, Factors],
-    *,
-    scale: float | Mapping[str, float] = 1.0,
-    portable: bool = True,
-    embeddings: str = EMBEDDINGS,
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Return the tensors and the configuration that `save_peft` writes."""
     checked = _check_modules(factors)
     scales = _list_scales(scale, checked)
-    folded = {path: _fold(pair, scales[path]) for path, pair in checked.items()}
-
-    shapes = {path: _describe(pair) for path, pair in folded.items()}
+    shapes = {path: _describe(pair) for path, pair in checked.items()}
     layout = plan_adapter(shapes, portable=portable, embeddings=embeddings)
-    tensors: dict[str, np.ndarray] = {}
-    for path, pair in folded.items():
-        tensors |= arrange_factors(layout, path, pair)
-    return tensors, layout.config
+    # Wide dtypes first: every tensor begins at a multiple of the size of its items.
+    ordered = sorted(layout.shapes.items(), key=lambda item: -item[1].dtype.itemsize)
+    layout = layout._replace(shapes=dict(ordered))
+    arrays = {
+        f"{path}.{side}": part
+        for path in layout.shapes
+        for side, part in zip("uv", checked[path], strict=True)
+    }
+
+    check_entries(folder, arrays)
+
+    def write(values: Iterator[np.ndarray]) -> None:
+        def read(path: str) -> Factors:
+            return _fold(path, next(values), next(values), scales[path])
+
+        write_adapter(pathlib.Path(folder), layout, read, config or {})
+
+    write_together(folder, arrays, write)
 
 
 def _describe(pair: Factors) -> FactorShape:
     u, v = pair
     num_experts = u.shape[0] if u.ndim == 3 else None
-    dtype = np.dtype(u.dtype)
+    dtype = np.dtype(np.float32 if u.dtype == np.float64 else u.dtype)
     return FactorShape(u.shape[-2], v.shape[-1], u.shape[-1], num_experts, dtype)
 
 
@@ -148,7 +148,7 @@ def load_peft(
 
 
 def _check_modules(factors: Mapping[str, Factors]) -> dict[str, Factors]:
-    """Return {module path: factors as NumPy arrays}, checked."""
+    """Return {module path: factors} of arrays that fit together."""
     checked: dict[str, Factors] = {}
     for path, pair in factors.items():
         module = path.removesuffix(".weight") if isinstance(path, str) else ""
@@ -162,15 +162,14 @@ def _check_modules(factors: Mapping[str, Factors]) -> dict[str, Factors]:
                 f"`factors` must name each module once, got {module!r} twice. "
                 "Leave one out."
             )
-        u, v = (np.asarray(part) for part in _checks.check_factors(pair))
+
+        u, v = _checks.check_factors(pair)
         if u.ndim not in (2, 3) or 0 in u.shape or 0 in v.shape:
             raise ValueError(
                 f"{module}: `factors` must be [in, r] and [r, out], or one of each for "
                 f"every expert, got {u.shape} and {v.shape}. Split or reshape them."
             )
-        for name, part in (("u", u), ("v", v)):
-            check_finite(part, f"{module}.{name}", "`factors`")
-        checked[module] = make_pair(u, v)
+        checked[module] = Factors(u, v)
     if not checked:
         raise ValueError("`factors` must hold at least one pair, got none. Pass some.")
     return checked
@@ -199,9 +198,10 @@ def check_scale(value: Any, name: str) -> float:
     return number
 
 
-def _fold(factors: Factors, scale: float) -> Factors:
-    """Return factors with √|scale| in each, of at most 32 bits."""
-    u, v = (np.asarray(part) for part in factors)
+def _fold(path: str, u: np.ndarray, v: np.ndarray, scale: float) -> Factors:
+    """Return finite factors with √|scale| in each, of at most 32 bits."""
+    for name, part in (("u", u), ("v", v)):
+        check_finite(part, f"{path}.{name}", "`factors`")
     root = math.sqrt(abs(scale))
     if scale != 1.0:
         u, v = u * u.dtype.type(root), v * v.dtype.type(math.copysign(root, scale))

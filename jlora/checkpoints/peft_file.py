@@ -62,7 +62,15 @@ class PeftFile(NamedTuple):
             u, v = a.T, b.T
         else:
             u, v = stack_experts(a, b, module.num_experts)
-        return make_pair(u, v, scale=module.scale)
+
+        with np.errstate(over="ignore", invalid="ignore"):
+            pair = make_pair(u, v, scale=module.scale)
+        if not np.isfinite(pair.v).all():
+            raise ValueError(
+                f"{self.folder}: must have a scale that keeps the factors finite, got "
+                f"{module.scale} for {path}. Correct lora_alpha in {CONFIG_NAME}."
+            )
+        return pair
 
     def find_dtype(self, path: str) -> str:
         """Return the name of the dtype in which the factors of a module are stored."""

@@ -55,7 +55,9 @@ def list_base_tensors(
     name = ref.module.pieces[0].tensor
     scheme = bitsandbytes_files if is_foreign else quantized_files
     tensors = scheme.list_tensors(name, base)
-    return {f"{ref.name}{_BASE}{key}": tensor for key, tensor in tensors.items()}
+    return {
+        f"{ref.name}{_BASE}{key}": np.asarray(tensor) for key, tensor in tensors.items()
+    }
 
 
 def can_be_foreign(modules: Iterable[StoredModule], format: Format) -> bool:

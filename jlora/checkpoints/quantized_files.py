@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jlora._types import AnyArray
 from jlora.checkpoints.json_files import parse_json
 from jlora.quantization.base import Format
 from jlora.quantization.formats import FORMATS
@@ -23,7 +24,7 @@ _PARTS = ("scales", "scales_largest", "scales_offset", "zeros")
 DTYPES = ("float32", "bfloat16", "float16")  # that arrays stand for
 
 
-def list_tensors(name: str, array: QuantizedArray) -> dict[str, np.ndarray]:
+def list_tensors(name: str, array: QuantizedArray) -> dict[str, AnyArray]:
     """Return {name: array} of the tensors that hold a quantised array."""
     from jlora.quantization.scales import NestedScales
 
@@ -39,7 +40,7 @@ def list_tensors(name: str, array: QuantizedArray) -> dict[str, np.ndarray]:
         "layout": array.layout,
         "axes": list(array.axes),
     }
-    tensors = {name: array.codes, f"{name}{STATE}": to_bytes(state)}
+    tensors: dict[str, Any] = {name: array.codes, f"{name}{STATE}": to_bytes(state)}
     scales = array.scales
     if isinstance(scales, NestedScales):
         tensors[f"{name}.scales"] = scales.codes
@@ -49,7 +50,7 @@ def list_tensors(name: str, array: QuantizedArray) -> dict[str, np.ndarray]:
         tensors[f"{name}.scales"] = scales
     if array.zeros is not None:
         tensors[f"{name}.zeros"] = array.zeros
-    return {key: np.asarray(value) for key, value in tensors.items()}
+    return tensors
 
 
 def find_parts(name: str, names: Mapping[str, Any]) -> list[str]:

@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
+from jlora._types import AnyArray
+
+# In the order of the library's writer: wide items first.
 _DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
     "U64": np.uint64,
-    "U32": np.uint32,
-    "U16": np.uint16,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
+    "I64": np.int64,
+    "F64": np.float64,
     "C64": np.complex64,
+    "F32": np.float32,
+    "U32": np.uint32,
+    "I32": np.int32,
+    "BF16": ml_dtypes.bfloat16,
+    "F16": np.float16,
+    "U16": np.uint16,
+    "I16": np.int16,
+    "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
+    "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
-    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
-    "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
 }
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
@@ -64,9 +68,7 @@ def format_header(
     return struct.pack("<Q", len(text)) + text
 
 
-def check_entries(
-    path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]
-) -> None:
+def check_entries(path: str | os.PathLike[str], arrays: Mapping[str, AnyArray]) -> None:
     """Refuse a dtype or a name that the format does not have."""
     for name, array in arrays.items():
         if name == "__metadata__":
@@ -74,20 +76,51 @@ def check_entries(
                 f"{path}: `arrays` must have other names than '__metadata__', which "
                 "safetensors keeps for itself, got it. Rename it."
             )
-        if array.dtype.newbyteorder("=") not in _NAMES:
+        if np.dtype(array.dtype).newbyteorder("=") not in _NAMES:
             raise TypeError(
                 f"`arrays` must have dtypes that safetensors knows, got {array.dtype} "
                 f"at {name}. Cast it, or write an .npz file."
             )
 
 
-def write_safetensors(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write {name: array}, checked by `check_entries`, to an open binary file."""
-    import safetensors.numpy
+def sort_names(arrays: Mapping[str, AnyArray]) -> list[str]:
+    """Return the names in the order of the library: wide dtypes first, then by name.
 
-    entries = {
-        name: np.asarray(array, array.dtype.newbyteorder("<"), order="C")
-        for name, array in arrays.items()
-    }
-    # Readers in torch look for this metadata.
-    file.write(safetensors.numpy.save(entries, metadata={"format": "pt"}))
+    So every tensor begins at a multiple of the size of its items.
+    """
+    places = {code: place for place, code in enumerate(_DTYPES)}
+    codes = {name: find_code(np.dtype(array.dtype)) for name, array in arrays.items()}
+    return sorted(arrays, key=lambda name: (places[codes[name]], name))
+
+
+def write_safetensors(
+    file: BinaryIO,
+    arrays: Mapping[str, AnyArray],
+    values: Iterable[np.ndarray] | None = None,
+) -> None:
+    """Write {name: array}, checked by `check_entries`, to an open binary file.
+
+    Args:
+        file: open for writing.
+        arrays: of shapes and dtypes to write.
+        values: the arrays in the order of `sort_names`. None: `arrays` hold them.
+    """
+    names = sort_names(arrays)
+    entries = []
+    for name in names:
+        dtype, shape = np.dtype(arrays[name].dtype), tuple(arrays[name].shape)
+        num_bytes = math.prod(shape) * dtype.itemsize
+        entries.append((name, find_code(dtype), shape, num_bytes))
+    file.write(format_header(entries))
+
+    if values is None:
+        values = (np.asarray(arrays[name]) for name in names)
+    each = iter(values)
+    for name in names:
+        # Without a variable: it would keep the array while the next one is read.
+        _write_array(file, next(each), np.dtype(arrays[name].dtype))
+
+
+def _write_array(file: BinaryIO, array: np.ndarray, dtype: np.dtype) -> None:
+    flat = np.ascontiguousarray(array, dtype.newbyteorder("<")).reshape(-1)
+    file.write(flat.view(np.uint8).data)

@@ -7,7 +7,7 @@ import io
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -116,17 +116,22 @@ class SafetensorsArray(NamedTuple):
         k, m, n = self.shape
         return self._replace(entry=self.entry._replace(shape=(k * m, n)))
 
-    def read_rows(self, first: int, last: int) -> np.ndarray:
-        """Return rows of the tensor, read into memory of their own."""
+    def check_dtype(self) -> np.dtype:
+        """Return the dtype, or refuse one that NumPy does not know."""
         dtype = find_dtype(self.entry.dtype)
         if dtype is None:
             raise ValueError(
                 f"{self.file}: must hold dtypes that NumPy knows, got "
                 f"{self.entry.dtype} at {self.name}. Convert it first."
             )
+        return dtype
+
+    def read_rows(self, first: int, last: int) -> np.ndarray:
+        """Return rows of the tensor, read into memory of their own."""
+        dtype = self.check_dtype()
         shape = (last - first, *self.shape[1:]) if self.shape else ()
         row_bytes = self.num_bytes // max(self.shape[0], 1) if self.shape else 0
-        rows = _make_aligned(shape, dtype)
+        rows = make_aligned(shape, dtype)
 
         with open_unchanged(self.state) as file:
             file.seek(self.entry.start + first * row_bytes)
@@ -137,7 +142,7 @@ class SafetensorsArray(NamedTuple):
         return rows
 
 
-def _make_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def make_aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     """Return an array whose memory XLA can use on a CPU without a copy."""
     num_bytes = math.prod(shape) * dtype.itemsize
     memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)

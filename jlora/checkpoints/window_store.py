@@ -34,37 +34,47 @@ class WindowStore:
         self, folder: OutputFolder, refs: Iterable[MatrixRef], rank: int, kind: str
     ) -> None:
         self._folder = folder
-        self._kind = kind
         self._windows = _split(refs, rank)
+        self._names = _name_windows(len(self._windows), kind)
         self._places: dict[str, Checkpoint] = {}
 
     def list_missing(self, bar: Progress) -> Iterator[tuple[int, list[MatrixRef]]]:
-        """Yield (number, matrices) of each window that is not on disk yet.
+        """Yield (number, matrices) of each window to write: not on disk, and ours.
 
-        The bar counts the matrices of the others.
+        The bar counts the matrices of the windows that are on disk.
         """
         for number, window in enumerate(self._windows):
-            if self._folder.has(self._name(number)):
+            if self._folder.has(self._names[number]):
                 bar.count(len(window))
-            else:
+            elif self._folder.owns(number, len(self._windows)):
                 yield number, window
+
+    def wait(self) -> bool:
+        """Return whether all windows are on disk, after the processes that write."""
+        return self._folder.wait_for(self._names)
 
     def put(self, number: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Write the arrays of a window."""
         self._folder.write(
-            self._name(number), lambda file: write_safetensors(file, arrays)
+            self._names[number], lambda file: write_safetensors(file, arrays)
         )
 
     def open_window(self, ref: MatrixRef) -> Checkpoint:
         """Return the arrays of the window of a matrix; all windows must be there."""
         if not self._places:
             for number, window in enumerate(self._windows):
-                checkpoint = open_checkpoint(self._folder.path / self._name(number))
+                checkpoint = open_checkpoint(self._folder.path / self._names[number])
                 self._places |= {each.name: checkpoint for each in window}
         return self._places[ref.name]
 
-    def _name(self, number: int) -> str:
-        return f"{WORK}/{self._kind}-{number:05}.safetensors"
+
+def list_window_files(refs: Iterable[MatrixRef], rank: int, kind: str) -> list[str]:
+    """Return the files of the windows that a store with these arguments has."""
+    return _name_windows(len(_split(refs, rank)), kind)
+
+
+def _name_windows(count: int, kind: str) -> list[str]:
+    return [f"{WORK}/{kind}-{number:05}.safetensors" for number in range(count)]
 
 
 def _split(refs: Iterable[MatrixRef], rank: int) -> list[list[MatrixRef]]:

@@ -7,7 +7,13 @@ import argparse
 import jax
 
 from jlora.checkpoints.init_jobs import initialize_checkpoint
-from jlora.cli.job_options import add_job_options, read_job_options, say_end
+from jlora.cli.job_options import (
+    add_job_options,
+    add_process,
+    is_left_to_others,
+    read_job_options,
+    say_end,
+)
 from jlora.cli.targets import check_seed, check_targets
 from jlora.cli.wishes import add_max_rank, add_output, add_wish, read_wish, say_lines
 from jlora.quantization.formats import FORMATS
@@ -42,6 +48,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     add("--seed", type=int, default=0, help="of random factors (default: 0)")
     add_job_options(parser, has_layouts=True)
+    add_process(parser)
     return parser
 
 
@@ -60,5 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
         **read_job_options(arguments),
         key=jax.random.key(arguments.seed),
     )
+
+    if is_left_to_others(arguments):
+        return
     say_lines(report)
     say_end(arguments, f"{len(report.modules)} modules")

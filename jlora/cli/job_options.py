@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -36,6 +37,18 @@ def add_job_options(parser: argparse.ArgumentParser, *, has_layouts: bool) -> No
         )
 
 
+def add_process(parser: argparse.ArgumentParser) -> None:
+    """Add --process."""
+    parser.add_argument(
+        "--process",
+        metavar="I/N",
+        help=(
+            "do part I of N, numbered from 0; the other parts are run with the same "
+            "arguments on the same file system, and the last one completes DIR"
+        ),
+    )
+
+
 def read_job_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of a job that these options stand for."""
     options: dict[str, Any] = {"dry_run": arguments.dry_run, "max_memory": None}
@@ -43,7 +56,21 @@ def read_job_options(arguments: argparse.Namespace) -> dict[str, Any]:
         options["max_memory"] = parse_size(arguments.max_memory, "--max-memory")
     if hasattr(arguments, "layout"):
         options["layouts"] = _split_layouts(arguments.layout)
+    if getattr(arguments, "process", None) is not None:
+        options["process"] = _parse_process(arguments.process)
     return options
+
+
+def is_left_to_others(arguments: argparse.Namespace) -> bool:
+    """Print and return whether other processes still have parts of the job."""
+    is_part = arguments.process is not None and not arguments.dry_run
+    is_left = is_part and not os.path.exists(arguments.output)
+    if is_left:
+        say(
+            f"part {arguments.process} of {arguments.output} is done; the last of the "
+            "other parts completes it"
+        )
+    return is_left
 
 
 def say_end(arguments: argparse.Namespace, text: str) -> None:
@@ -62,6 +89,17 @@ def parse_size(text: str, name: str) -> int:
     number, unit, end = match.groups()
     units = _DECIMAL if (end or "").upper() == "B" else _UNITS
     return int(float(number) * units[unit.upper()])
+
+
+def _parse_process(text: str) -> tuple[int, int]:
+    """Return (index, count) of a text such as "0/4"."""
+    match = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise ValueError(
+            "`--process` must be I/N with 0 <= I < N, such as 0/4 to 3/4, got "
+            f"{text!r}. Number the processes from 0."
+        )
+    return int(match[1]), int(match[2])
 
 
 def _split_layouts(texts: Sequence[str]) -> dict[str, str] | None:

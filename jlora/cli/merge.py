@@ -7,7 +7,13 @@ import argparse
 import jax
 
 from jlora.checkpoints.merge_jobs import merge_checkpoint
-from jlora.cli.job_options import add_job_options, read_job_options, say_end
+from jlora.cli.job_options import (
+    add_job_options,
+    add_process,
+    is_left_to_others,
+    read_job_options,
+    say_end,
+)
 from jlora.cli.output import say
 from jlora.cli.targets import check_seed
 from jlora.cli.wishes import split_weights
@@ -41,6 +47,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     add("--seed", type=int, default=0, help="of stochastic rounding (default: 0)")
     add_job_options(parser, has_layouts=True)
+    add_process(parser)
     return parser
 
 
@@ -56,6 +63,9 @@ def run(arguments: argparse.Namespace) -> None:
         key=jax.random.key(arguments.seed) if is_random else None,
         **read_job_options(arguments),
     )
+
+    if is_left_to_others(arguments):
+        return
     say_end(
         arguments,
         f"{len(report.changed)} tensors merged, {report.copied} copied, "

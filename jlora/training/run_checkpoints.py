@@ -17,6 +17,7 @@ import numpy as np
 
 from jlora._types import Array, PRNGKey, Tree
 from jlora.training.monitor import StepEvaluation
+from jlora.training.restored_arrays import replicate_others
 from jlora.training.step_programs import TrainState
 
 
@@ -83,7 +84,7 @@ class RunCheckpoints:
             )
             self._check_job(found.meta["job"])
             meta = found.meta
-            template = _flatten(state)
+            template = replicate_others(_flatten(state))
             if meta["has_best"]:
                 template |= _flatten(state.trainable, "best/")
             template |= {

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+import jlora
 from jlora.checkpoints import (
     combine_adapters,
     extract_checkpoint,
@@ -131,6 +132,16 @@ def test_any_entry_of_a_configuration(entry, value, tmp_path_factory):
     adapter = read_peft(folder)
     assert set(adapter.factors) == set(MODULES)
     assert all(np.isfinite(pair.v).all() for pair in adapter.factors.values())
+
+
+@pytest.mark.parametrize("alpha", [5.2e38, 3.3e38, 1e300])
+def test_a_scale_that_overflows_is_refused(tmp_path, alpha):
+    ones = np.ones((4, 1), np.float32)
+    jlora.save_peft(tmp_path / "a", {"q_proj": jlora.Factors(ones, 2 * ones.T)})
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": alpha}))
+    with pytest.raises(ValueError, match=r"a: must have a scale that keeps .* q_proj"):
+        read_peft(tmp_path / "a")
 
 
 @hypothesis.given(data=st.data(), file=st.sampled_from(sorted(SIDES)))

@@ -1,44 +1,14 @@
 """Jobs that are killed: the next run completes them with the same bytes."""
 
-import json
-
-import ml_dtypes
-import numpy as np
 import pytest
 
-import jlora
 from tests.helpers.killed_runs import kill_runs, list_bytes
-
-NUM_LAYERS = 6
-NAMES = [
-    f"model.layers.{i}.{name}_proj" for i in range(NUM_LAYERS) for name in ("q", "up")
-]
+from tests.helpers.model_folders import write_job_inputs
 
 
 @pytest.fixture
 def inputs(tmp_path):
-    """Write a base of several files, a tuned model, and an adapter."""
-    rng = np.random.default_rng(0)
-
-    def draw(*shape):
-        return rng.standard_normal(shape).astype(ml_dtypes.bfloat16)
-
-    folder = tmp_path / "inputs"
-    for kind in ("base", "tuned"):
-        (folder / kind).mkdir(parents=True)
-        places = {}
-        for i in range(NUM_LAYERS):
-            file = f"model-{i}.safetensors"
-            arrays = {
-                f"{name}.weight": draw(48, 32) for name in NAMES[2 * i : 2 * i + 2]
-            }
-            jlora.save_arrays(folder / kind / file, arrays)
-            places |= dict.fromkeys(arrays, file)
-        index = folder / kind / "model.safetensors.index.json"
-        index.write_text(json.dumps({"weight_map": places}))
-    factors = {name: jlora.Factors(draw(32, 4), draw(4, 48)) for name in NAMES}
-    jlora.save_peft(folder / "adapter", factors)
-    return folder
+    return write_job_inputs(tmp_path / "inputs")
 
 
 SMALL_WINDOWS = """

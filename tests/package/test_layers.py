@@ -17,6 +17,7 @@ PACKAGES = [
     "_numerics",
     "_sharding",
     "_dispatch",
+    "_processes",
     "_progress",
     "factors",
     "layouts",
