@@ -2,6 +2,7 @@
 
 rule.py, rank_rules.py   Rule, RankRule, RankBudget: the wishes
 plan.py, rank_choice.py  make_plan: which weights, with ranks as numbers
+plan_tables.py           a plan as text
 batching.py              adapt; its work: tasks.py, programs.py, chunks.py,
                          weight_builder.py, and traced.py inside a trace
 mesh_groups.py           weights on a mesh: placements.py, dealing.py; their cost:
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from jlora.adaptation.adapted_weight import AdaptedWeight, linear, read_base
 from jlora.adaptation.adapters import extract_delta, get_factors, set_factors
 from jlora.adaptation.batching import adapt
-from jlora.adaptation.costs import RATES, DeviceRates
+from jlora.adaptation.costs import DeviceRates
 from jlora.adaptation.lazy_arrays import LazyArray
 from jlora.adaptation.merging import merge
 from jlora.adaptation.plan import Plan, PlanEntry, make_plan
@@ -50,7 +51,6 @@ def __getattr__(name: str) -> object:
 
 
 __all__ = [
-    "RATES",
     "AdaptedWeight",
     "DeltaLoss",
     "DeviceRates",

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jlora import _checks
 from jlora._numerics import compute_dtype
 from jlora.factorization.passes import plan_iteration
 
@@ -20,9 +21,13 @@ class DeviceRates(NamedTuple):
     """The rates of one device, for estimates.
 
     Example:
-        >>> import jlora
-        >>> jlora.adaptation.RATES["v5p"]._replace(link=1e11).link
-        100000000000.0
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> rates = jlora.adaptation.DeviceRates("mine", 1e14, 6, 1e12, 1e11)
+        >>> mesh = jax.sharding.AbstractMesh((8,), ("model",))
+        >>> params, rule = {"w": jnp.ones((64, 48))}, jlora.Rule("w", 4)
+        >>> plan = jlora.make_plan(params, rule, mesh=mesh, rates=rates)
+        >>> plan.list_ways()[0].cost.parallel
+        'layers'
     """
 
     name: str
@@ -76,15 +81,6 @@ class GroupCost(NamedTuple):
         return self.compute_seconds + self.link_seconds
 
 
-def find_rates(device_kind: str) -> DeviceRates:
-    """Return the rates of a kind of device, and of a CPU for an unknown one."""
-    kind = device_kind.lower().replace(" ", "")
-    aliases = {"v5lite": "v5e", "v5p": "v5p", "v5e": "v5e", "v5": "v5p"}
-    aliases |= {"h200": "h200", "h100": "h100"}
-    found = (name for part, name in aliases.items() if part in kind)
-    return RATES[next(found, "cpu")]
-
-
 def choose_parallel(group: MatrixGroup, rates: DeviceRates) -> str:
     """Return the way to decompose a group, see `placements.PARALLEL`."""
     if group.num_shards == 1:
@@ -100,7 +96,7 @@ def choose_parallel(group: MatrixGroup, rates: DeviceRates) -> str:
 
 
 def estimate_cost(group: MatrixGroup, parallel: str, rates: DeviceRates) -> GroupCost:
-    """Return the cost of a group that is decomposed in a given way."""
+    """Return the cost of a group decomposed in one of the ways."""
     m, n, itemsize = group.m, group.n, group.dtype.itemsize
     passes, block, width = plan_iteration((m, n), group.rank)
     if group.decomposition == "none":
@@ -148,8 +144,22 @@ def estimate_cost(group: MatrixGroup, parallel: str, rates: DeviceRates) -> Grou
     )
 
 
+def choose_rates(rates: DeviceRates | str | None, mesh: Any) -> DeviceRates:
+    """Return the given rates, those of a name, or those of the devices of a mesh."""
+    if isinstance(rates, DeviceRates):
+        return rates
+    if rates is None:
+        return find_device_rates(mesh)
+    return RATES[_checks.check_choice(rates, tuple(RATES), "rates")]
+
+
 def find_device_rates(mesh: Any) -> DeviceRates:
-    """Return the rates of the devices of a mesh, also of an abstract one."""
+    """Return the rates of the devices of a mesh, and of a CPU for an unknown kind."""
     if isinstance(mesh, jax.sharding.Mesh):
-        return find_rates(mesh.devices.flat[0].device_kind)
-    return find_rates(getattr(mesh.abstract_device, "device_kind", None) or "cpu")
+        kind = mesh.devices.flat[0].device_kind
+    else:
+        kind = getattr(mesh.abstract_device, "device_kind", None) or "cpu"
+    kind = kind.lower().replace(" ", "")
+    names = {"v5lite": "v5e", "v5e": "v5e", "v5": "v5p", "h200": "h200", "h100": "h100"}
+    found = (name for part, name in names.items() if part in kind)
+    return RATES[next(found, "cpu")]

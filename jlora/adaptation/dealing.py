@@ -132,7 +132,7 @@ def compile_dealt_stack(
         found = jax.tree.map(restore, found)
         if isinstance(found.base, jax.Array):
             inverse = sorted(range(leaf.ndim), key=order.__getitem__)
-            found = found._replace(base=found.base.transpose(inverse))  # as stored
+            found = found._replace(base=found.base.transpose(inverse))
         if entries is None:
             return found
         placed = place_weight(mesh, entries, layout, found)

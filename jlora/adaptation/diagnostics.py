@@ -217,18 +217,13 @@ def _diagnose_stack(
 
     The slices of a stack that is sharded over its matrices would each gather it.
     """
-    *batch, m, n = w.shape
-    u, v = leaf.factors
-    flat_u, flat_v = (f.reshape(-1, *f.shape[-2:]) for f in (u, v))
+    *batch, _, _ = w.shape
     keys = jnp.stack([jax.random.fold_in(key, i) for i in range(math.prod(batch))])
+    ws, bases, factors = jax.tree.map(
+        lambda array: array.reshape(-1, *array.shape[-2:]), (w, base, leaf.factors)
+    )
     measures = _compare_stack(
-        w.reshape(-1, m, n),
-        None if base is None else base.reshape(-1, m, n),
-        Factors(flat_u, flat_v),
-        leaf.scale,
-        keys,
-        num_directions,
-        format,
+        ws, bases, factors, leaf.scale, keys, num_directions, format
     )
     whole = NamedSharding(w.sharding.mesh, PartitionSpec())
     measures = jax.device_get(jax.device_put(measures, whole))

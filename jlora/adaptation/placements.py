@@ -99,10 +99,10 @@ def place_weight(mesh: Any, entries: Entries, layout: str, arrays: Any) -> Any:
 
     Args:
         mesh: the mesh of the weight.
-        entries: of the weight as it is stored.
+        entries: of the stored weight.
         layout: of the weight.
         arrays: `InitializedMatrix` of arrays or shapes, batch axes in front; a plain
-            base as it is stored.
+            base in the layout of the weight.
 
     Returns:
         A tree of shardings as `arrays`. The rank is never sharded.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jlora import _checks
 from jlora._types import PRNGKey, Tree
 from jlora.adaptation.adapted_weight import is_adapted
-from jlora.adaptation.costs import DeviceRates, find_device_rates
+from jlora.adaptation.costs import DeviceRates, choose_rates
 from jlora.adaptation.data import find_data, list_data
 from jlora.adaptation.lazy_arrays import open_tree
 from jlora.adaptation.mesh_plans import (
@@ -20,10 +20,10 @@ from jlora.adaptation.mesh_plans import (
     WeightOnMesh,
     check_mesh,
     choose_ways,
-    format_ways,
 )
 from jlora.adaptation.paths import fold_path, list_leaves
 from jlora.adaptation.placements import Entries, find_sharding, list_entries
+from jlora.adaptation.plan_tables import format_plan
 from jlora.adaptation.rank_choice import RankRequest, choose_ranks
 from jlora.adaptation.rule import Rule
 from jlora.adaptation.rule_matches import (
@@ -32,12 +32,9 @@ from jlora.adaptation.rule_matches import (
     check_rules,
     match_leaves,
 )
-from jlora.adaptation.tables import format_table
 from jlora.adaptation.tree_checks import check_layout_given, check_paths, find_tied
-from jlora.layouts import complete_layout, matrix_shape
+from jlora.layouts import matrix_shape
 from jlora.quantization.quantized_array import QuantizedArray, count_bytes
-
-_BYTES = ("base", "bytes before", "bytes after")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,25 +112,7 @@ class Plan:
         return choose_ways(weights, self.mesh, self.rates)
 
     def __str__(self) -> str:
-        is_quantized = any(entry.rule.format is not None for entry in self.entries)
-        head = ("path", "shape", "rank", "parameters", "init", "trainable")
-        rows: list[tuple[str, ...]] = [(*head, *(_BYTES if is_quantized else ()))]
-        for entry in self.entries:
-            cells = _list_cells(entry)
-            rows.append((*cells, *(_list_bytes(entry) if is_quantized else ())))
-        lines = format_table(rows)
-        if is_quantized:
-            before = sum(entry.num_bytes for entry in self.entries)
-            after = sum(entry.num_base_bytes for entry in self.entries)
-            lines.append(f"bytes of the weights: {before} before, {after} after")
-        lines += [f"{path}: not adapted, it {reason}" for path, reason in self.skipped]
-        lines += [
-            f"{', '.join(paths)}: one array now, different weights after adapting"
-            for paths in self.tied
-        ]
-        if self.mesh is not None and self.rates is not None:
-            lines += format_ways(self.list_ways(), self.mesh, self.rates)
-        return "\n".join(lines)
+        return "\n".join(format_plan(self))
 
 
 def make_plan(
@@ -143,7 +122,7 @@ def make_plan(
     data: Tree | None = None,
     key: PRNGKey | None = None,
     mesh: Any = None,
-    rates: DeviceRates | None = None,
+    rates: DeviceRates | str | None = None,
 ) -> Plan:
     """Return the plan of the first matching rule for each weight of a tree.
 
@@ -171,8 +150,9 @@ def make_plan(
             for comparing the ways only. The weights may be `jax.ShapeDtypeStruct`s with
             a sharding, and the mesh a `jax.sharding.AbstractMesh`, to plan for devices
             that are not there. None: not said.
-        rates: static, of the devices of the mesh: one of `jlora.adaptation.RATES`, or
-            your own `DeviceRates`. None: of their kind.
+        rates: static, of the devices of the mesh: "h200", "h100", "v5p", "v5e" or
+            "cpu", from data sheets, or your own `jlora.adaptation.DeviceRates`. None:
+            of their kind, and of a CPU for an unknown kind.
 
     Returns:
         `Plan`.
@@ -198,7 +178,7 @@ def make_plan(
     checked = check_rules(rules)
     if mesh is not None:
         check_mesh(mesh)
-        rates = find_device_rates(mesh) if rates is None else rates
+    chosen = None if mesh is None else choose_rates(rates, mesh)
     if key is not None:
         _checks.check_key(key)
 
@@ -221,7 +201,9 @@ def make_plan(
     skipped = [(m.path, m.reason) for m in matches if m.reason is not None]
     skipped += [(path, "gets rank 0") for path, rank in ranks.items() if rank == 0]
     planned = {entry.path for entry in entries}
-    plan = Plan(tuple(entries), tuple(skipped), find_tied(leaves, planned), mesh, rates)
+    plan = Plan(
+        tuple(entries), tuple(skipped), find_tied(leaves, planned), mesh, chosen
+    )
     plan.list_ways()  # refuses a way that a sharding does not allow
     return plan
 
@@ -284,36 +266,3 @@ def _count_bytes(leaf: Any) -> int:
     if isinstance(leaf, QuantizedArray):
         return leaf.nbytes
     return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
-
-
-def _list_cells(entry: PlanEntry) -> tuple[str, ...]:
-    """Return the cells of an entry's row in the printed plan."""
-    rule = entry.rule
-    trainable = rule.trainable or ""
-    if rule.num_columns is not None:
-        trainable = f"v, last {rule.num_columns} columns"
-
-    numbers = (str(entry.rank), str(entry.num_parameters))
-    return (
-        entry.path,
-        _describe_shape(entry),
-        *numbers,
-        rule.initializer.label,
-        trainable,
-    )
-
-
-def _list_bytes(entry: PlanEntry) -> tuple[str, ...]:
-    """Return the cells of the format and of the bytes before and after adapting."""
-    format = entry.rule.format
-    label = "plain" if format is None else format.label
-    return label, str(entry.num_bytes), str(entry.num_base_bytes)
-
-
-def _describe_shape(entry: PlanEntry) -> str:
-    """Return the shape, and the shape as a matrix where the layout changes it."""
-    shape = "×".join(map(str, entry.shape))
-    if complete_layout(entry.rule.layout, len(entry.shape)).lstrip("b") == "io":
-        return shape
-    m, n = entry.matrix_shape[-2:]
-    return f"{shape} as {m}×{n}"

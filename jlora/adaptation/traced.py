@@ -43,7 +43,7 @@ def adapt_traced(task: WeightTask) -> AdaptedWeight:
 def _initialize(
     w: Array, data: Array | None, scale: Scalar, keys: Array, task: WeightTask
 ) -> InitializedMatrix:
-    """Return the results with batch axes in front, and a plain base as it is stored."""
+    """Return the results with batch axes in front, and a plain base in its layout."""
     if not task.batch:
         return initialize_matrix(w, scale, keys, data, task.spec)
 

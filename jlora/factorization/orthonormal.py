@@ -108,8 +108,8 @@ def orthonormalize_against(
     weight, total = _sum_magnitudes(y)
     size = total / y.shape[-1] ** 0.5
     inside = matmul(near_coefficients * weight, near)
-    # Divide last. XLA may round a product and the sum after it only once, in one program
-    # and not in another, and then the bits would depend on the program.
+    # Divide last. XLA may round a product and the sum after it only once in some
+    # programs, and then the bits would depend on the program.
     remainder = safe_divide(y * weight - inside, size)
 
     def project(state: _ProjectionState) -> _ProjectionState:

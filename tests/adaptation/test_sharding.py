@@ -244,7 +244,7 @@ def test_a_plan_says_which_way_and_its_cost():
         "huge": make_abstract(("data", "model"), 131072, 65536),
     }
     mesh = params["huge"].sharding.mesh
-    rates = jlora.adaptation.RATES["v5e"]
+    rates = "v5e"
     plan = jlora.make_plan(params, jlora.Rule(".", 64), mesh=mesh, rates=rates)
     ways = {way.weights[0].path: way.cost for way in plan.list_ways()}
     assert {path: cost.parallel for path, cost in ways.items()} == {
@@ -306,6 +306,8 @@ def test_meshes_of_other_devices_are_refused():
         adapt(params)
     with pytest.raises(TypeError, match=r"^`mesh` must be a mesh of JAX, got int\."):
         adapt(PARAMS, mesh=3)
+    with pytest.raises(ValueError, match=r"^`rates` must be one of .*, got 'a100'\."):
+        jlora.make_plan(PARAMS, make_rules(), mesh=make_mesh(), rates="a100")
 
 
 def test_nan_in_one_layer_is_named():
