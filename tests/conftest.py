@@ -29,6 +29,7 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 # Tests in these places do the same in both precisions, and run in single precision.
 ANY_PRECISION = (
+    "tests/adaptation/test_processes.py",
     "tests/adaptation/test_sharding.py",
     "tests/benchmarks/",
     "tests/checkpoints/",

@@ -10,7 +10,11 @@ from jlora._types import PRNGKey, Tree
 from jlora.adaptation.chunks import adapt_group, choose_chunk_size
 from jlora.adaptation.data import list_data
 from jlora.adaptation.lazy_arrays import open_tree
-from jlora.adaptation.mesh_groups import adapt_mesh_group, group_tasks
+from jlora.adaptation.mesh_groups import (
+    adapt_mesh_group,
+    check_agreement,
+    group_tasks,
+)
 from jlora.adaptation.paths import map_leaves
 from jlora.adaptation.plan import Plan
 from jlora.adaptation.tasks import list_tasks
@@ -71,7 +75,8 @@ def adapt(
             abstract.
         ValueError: a planned weight is missing or has another shape, was donated
             before, holds NaN or Inf, or does not fit into `max_bytes`; no `data` for an
-            initializer that needs it; weights on meshes of different devices, or a
+            initializer that needs it; weights on meshes of different devices; a plan
+            or a key that differs between the processes of a mesh; or a
             `parallel` of its rule that its sharding does not allow (all with the path;
             values are not checked under jit).
 
@@ -107,6 +112,7 @@ def adapt(
     tasks = list_tasks(params, plan, list_data(data), key, donate=donate)
     adapted = {t.entry.path: adapt_traced(t) for t in tasks if t.is_traced}
     groups, placed_groups = group_tasks([t for t in tasks if not t.is_traced], mesh)
+    check_agreement(placed_groups, plan, key)
 
     # Refuse a matrix that does not fit before the first one is decomposed.
     sizes = [choose_chunk_size(members[0], max_bytes) for members in groups]

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora._numerics import compute_dtype
+from jlora._processes import check_same
 from jlora._progress import Progress
+from jlora._types import PRNGKey
 from jlora.adaptation.adapted_weight import AdaptedWeight
 from jlora.adaptation.chunks import adapt_group, refuse_nonfinite
 from jlora.adaptation.costs import find_device_rates
@@ -29,6 +31,7 @@ from jlora.adaptation.placements import (
     make_automatic_mesh,
     place_weight,
 )
+from jlora.adaptation.plan import Plan
 from jlora.adaptation.programs import InitializedMatrix
 from jlora.adaptation.tasks import (
     MatrixRef,
@@ -126,6 +129,14 @@ def _make_automatic(task: WeightTask) -> WeightTask:
     """Return the task with its arrays on automatic axes."""
     leaf, data = make_automatic(task.leaf), make_automatic(task.data)
     return task._replace(leaf=leaf, data=data)
+
+
+def check_agreement(groups: list[MeshGroup], plan: Plan, key: PRNGKey) -> None:
+    """Refuse a plan or a key that differs between the processes of a mesh."""
+    devices = [d for group in groups for d in group.placement.mesh.devices.flat]
+    if len({device.process_index for device in devices}) > 1:
+        check_same(plan, "plan", "Make it from the same rules everywhere.")
+        check_same(key, "key")
 
 
 def adapt_mesh_group(
