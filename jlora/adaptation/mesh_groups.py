@@ -127,8 +127,9 @@ def _describe(task: WeightTask) -> WeightOnMesh:
 
 def _make_automatic(task: WeightTask) -> WeightTask:
     """Return the task with its arrays on automatic axes."""
-    leaf, data = make_automatic(task.leaf), make_automatic(task.data)
-    return task._replace(leaf=leaf, data=data)
+    # A key, too: under jax.set_mesh it lies on the mesh.
+    leaf, data, key = map(make_automatic, (task.leaf, task.data, task.key))
+    return task._replace(leaf=leaf, data=data, key=key)
 
 
 def check_agreement(groups: list[MeshGroup], plan: Plan, key: PRNGKey) -> None:

@@ -41,7 +41,7 @@ class Extension(NamedTuple):
 class _ProjectionState(NamedTuple):
     """The loop of `orthonormalize_against`.
 
-    y = transform @ rows + coefficients @ basis + near_coefficients @ near.
+    The scaled remainder is transform @ rows + coefficients @ basis.
     """
 
     step: int | Int[Array, ""]
@@ -135,7 +135,8 @@ def orthonormalize_against(
     rows = _perturb(remainder, noise)
     gram = matmul(rows, rows.mT)
     zeros = jnp.zeros((*y.shape[:-1], basis.shape[-2]), y.dtype)
-    transform = size / weight * eye_like(gram)
+    # Both without the size of y, so that small ones do not vanish.
+    transform = eye_like(gram)
     squares = _find_squares(gram)
     arrays = vary_as((rows, gram, squares, zeros, transform), (basis, y))
     state = _ProjectionState(0, *arrays)
@@ -145,9 +146,9 @@ def orthonormalize_against(
     lower, inverse = _invert_cholesky(state.gram, shift=0.0)
     return Extension(
         matmul(inverse, state.rows),
-        matmul(state.transform, lower),
+        size / weight * matmul(state.transform, lower),
         near_coefficients,
-        state.coefficients,
+        size / weight * state.coefficients,
     )
 
 

@@ -202,7 +202,7 @@ def _check_index(index: AnyArray, shape: tuple[int, ...], num_adapters: int) -> 
     _checks.check_shape(index.shape, shape, "index", "one for each row of x")
 
     if not isinstance(index, Tracer):
-        # Two numbers, computed on the devices: an index may be sharded over processes.
+        # Two numbers: an index that is sharded over processes is read on the devices.
         for outside in _find_extremes(index):
             if not -1 <= outside < num_adapters:
                 raise ValueError(
@@ -216,6 +216,8 @@ def _find_extremes(index: AnyArray) -> tuple[int, ...]:
     """Return the smallest and the largest entry, or nothing if there is none."""
     if not index.size:
         return ()
+    if not (isinstance(index, jax.Array) and not index.is_fully_addressable):
+        index = np.asarray(index)  # also inside a trace, where JAX would trace it
     return int(index.min()), int(index.max())
 
 
