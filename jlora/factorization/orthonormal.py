@@ -47,7 +47,6 @@ class _ProjectionState(NamedTuple):
     step: int | Int[Array, ""]
     rows: Float[Array, "*batch l m"]
     gram: Float[Array, "*batch l l"]  # rows @ rowsᵀ
-    squares: Float[Array, "*batch l 1"]  # norms² of the rows before the last projection
     coefficients: Float[Array, "*batch l L"]  # of the projected part, in the basis
     transform: Float[Array, "*batch l l"]
 
@@ -93,9 +92,6 @@ def orthonormalize_against(
     whole basis. Rows that are dependent or almost inside the basis need more
     projections: repeat until the rows are nearly orthonormal.
 
-    If the long axis is sharded, each projection reduces its coefficients and the Gram
-    matrix of the rows together: the Gram matrix after the projection follows from both.
-
     Args:
         basis: orthonormal or zero rows.
         near: the rows of `basis` that y is not orthogonal to in exact arithmetic. In
@@ -113,14 +109,14 @@ def orthonormalize_against(
     remainder = safe_divide(y * weight - inside, size)
 
     def project(state: _ProjectionState) -> _ProjectionState:
-        rows, lower = _take_shifted_step(state)
+        rows, lower = _take_shifted_step(state.rows, state.gram)
         transform = matmul(state.transform, lower)
-        inside, gram = matmul(rows, basis.mT), matmul(rows, rows.mT)
+        inside = matmul(rows, basis.mT)
+        rows = rows - matmul(inside, basis)
         new = _ProjectionState(
             state.step + 1,
-            rows - matmul(inside, basis),
-            gram - matmul(inside, inside.mT),
-            _find_squares(gram),
+            rows,
+            matmul(rows, rows.mT),
             state.coefficients + matmul(transform, inside),
             transform,
         )
@@ -137,8 +133,7 @@ def orthonormalize_against(
     zeros = jnp.zeros((*y.shape[:-1], basis.shape[-2]), y.dtype)
     # Both without the size of y, so that small ones do not vanish.
     transform = eye_like(gram)
-    squares = _find_squares(gram)
-    arrays = vary_as((rows, gram, squares, zeros, transform), (basis, y))
+    arrays = vary_as((rows, gram, zeros, transform), (basis, y))
     state = _ProjectionState(0, *arrays)
     state = jax.lax.while_loop(is_unfinished, project, state)
 
@@ -192,32 +187,18 @@ def _sum_magnitudes(
     return weight, jnp.where(fits, large, small)
 
 
-def _find_squares(gram: Float[Array, "*batch l l"]) -> Float[Array, "*batch l 1"]:
-    return jnp.diagonal(gram, axis1=-2, axis2=-1)[..., None]
-
-
 def _take_shifted_step(
-    state: _ProjectionState,
+    y: Float[Array, "*batch l m"], gram: Float[Array, "*batch l l"]
 ) -> tuple[Float[Array, "*batch l m"], Float[Array, "*batch l l"]]:
-    """Return (x, L) with rows = L @ x and x closer to orthonormal.
+    """Return (x, L) with y = L @ x and x closer to orthonormal; `gram` is y @ yᵀ.
 
     The Gram matrix is first scaled to unit diagonal. Otherwise the shift would swamp
-    rows that the last projection made tiny. Its rounding error is eps of the squares
-    before that projection, so we shift each row by as much, which keeps the Cholesky
-    factor real.
+    rows that the last projection made tiny.
     """
-    rows, gram = state.rows, state.gram
-    eps, num_rows = jnp.finfo(rows.dtype).eps, rows.shape[-2]
-    floor = eps * state.squares
-    squares = jnp.maximum(_find_squares(gram), floor)
-
-    norms = jnp.sqrt(squares)
+    norms = jnp.sqrt(jnp.diagonal(gram, axis1=-2, axis2=-1))[..., None]
     scaled = safe_divide(gram, norms * norms.mT)
-    error = 4 * num_rows * safe_divide(floor, squares)
-    scaled = scaled + error * eye_like(scaled)
-
-    lower, inverse = _invert_cholesky(scaled, _find_shift(rows))
-    return matmul(safe_divide(inverse, norms.mT), rows), norms * lower
+    lower, inverse = _invert_cholesky(scaled, _find_shift(y))
+    return matmul(safe_divide(inverse, norms.mT), y), norms * lower
 
 
 def householder(y: Float[Array, "*batch l m"]) -> Float[Array, "*batch l m"]:
