@@ -64,9 +64,6 @@ class AdaptiveSVD:
         return iter((self.svd, self.rank))
 
 
-_AXES: Any = AdaptiveSVD(NEW_SVD_AXES, *["*b"] * 3)  # type: ignore[arg-type]
-
-
 class _ErrorEstimate(NamedTuple):
     """‖a − its projection‖_F / ‖a‖_F."""
 
@@ -154,10 +151,17 @@ def _check_tolerance(tolerance: float) -> None:
 
 
 @functools.partial(jax.jit, static_argnames=("tolerance", "max_rank"))
-@follow_axes("*b m n", None, result=_AXES)
 def _adaptive_svd(
     a: Float[Array, "*batch m n"], key: PRNGKey, tolerance: float, max_rank: int
 ) -> AdaptiveSVD:
+    return AdaptiveSVD(*_find_parts(a, key, tolerance, max_rank))
+
+
+@follow_axes("*b m n", None, result=(NEW_SVD_AXES, "*b", "*b", "*b"))
+def _find_parts(
+    a: Float[Array, "*batch m n"], key: PRNGKey, tolerance: float, max_rank: int
+) -> tuple[SVD, Array, Array, Array]:
+    """Return the fields of `AdaptiveSVD`."""
     limit = min(a.shape[-2:])
     block_size = min(_BLOCK_SIZE, max_rank)
     max_blocks = -(-_BASIS_OVER_RANK * max_rank // block_size) + 4
@@ -175,7 +179,8 @@ def _adaptive_svd(
             max_blocks=max_blocks,
         )
         svd, error = solve_stored(decompose, a, norm, key)
-    return _truncate(svd, error, norm, tolerance, max_rank)
+    found = _truncate(svd, error, norm, tolerance, max_rank)
+    return found.svd, found.rank, found.error, found.is_reached
 
 
 def _decompose_by_blocks(
