@@ -22,8 +22,10 @@ from jlora.adaptation.programs import (
     InitializedMatrix,
     InitSpec,
     initialize_matrix,
+    split_results,
+    stack_rows,
 )
-from jlora.layouts import complete_layout, list_axes
+from jlora.layouts import complete_layout, invert_permutation, list_axes
 
 
 def deal_matrices(
@@ -79,18 +81,14 @@ def compile_dealt_chunk(spec: InitSpec, placement: Placement, *, donate: bool) -
         keys: tuple[PRNGKey, ...],
         datas: tuple[Array | None, ...],
     ) -> tuple[InitializedMatrix, ...]:
-        rows = zip(ws, scales, keys, datas, strict=True)
-        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *rows)
+        stacked = stack_rows(ws, scales, keys, datas)
         found = deal_matrices(*stacked, spec=spec, mesh=mesh)
         if entries is not None:
             # Shard the matrices again before the stack is split, not afterwards.
             layout = "b" + spec.layout
             placed = place_weight(mesh, (None, *entries), layout, found)
             found = jax.lax.with_sharding_constraint(found, placed)
-        return tuple(
-            jax.tree.map(lambda array: array[i], found)  # noqa: B023 (used at once)
-            for i in range(len(ws))
-        )
+        return split_results(found, len(ws))
 
     return jax.jit(run, donate_argnums=(0,) if donate else ())
 
@@ -131,8 +129,8 @@ def compile_dealt_stack(
 
         found = jax.tree.map(restore, found)
         if isinstance(found.base, jax.Array):
-            inverse = sorted(range(leaf.ndim), key=order.__getitem__)
-            found = found._replace(base=found.base.transpose(inverse))
+            base = found.base.transpose(invert_permutation(order))
+            found = found._replace(base=base)
         if entries is None:
             return found
         placed = place_weight(mesh, entries, layout, found)
@@ -170,16 +168,9 @@ def run_dealt_chunk(
 
     with jax.set_mesh(mesh):
         found = _deal(*jax.tree.map(send, *rows), spec=spec, mesh=mesh)
-    found = jax.device_get(found)
     device = ws[0].sharding if getattr(ws[0], "committed", False) else None
-
-    def receive(array: np.ndarray) -> Array:
-        return jax.device_put(array, device)
-
-    return tuple(
-        jax.tree.map(lambda array: receive(array[i]), found)  # noqa: B023 (used at once)
-        for i in range(len(ws))
-    )
+    results = split_results(jax.device_get(found), len(ws))
+    return jax.device_put(results, device)
 
 
 _deal = jax.jit(deal_matrices, static_argnames=("spec", "mesh"))

@@ -49,13 +49,23 @@ def initialize_chunk(
     if len(ws) == 1:
         return (initialize_matrix(ws[0], scales[0], keys[0], datas[0], spec),)
 
-    rows = zip(ws, scales, keys, datas, strict=True)
-    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *rows)
     run = jax.vmap(functools.partial(initialize_matrix, spec=spec))
-    results = run(*stacked)
+    return split_results(run(*stack_rows(ws, scales, keys, datas)), len(ws))
+
+
+def stack_rows(*columns: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return each column of arrays as one array, stacked along a new first axis."""
+    rows = zip(*columns, strict=True)
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *rows)
+
+
+def split_results(
+    results: InitializedMatrix, num: int
+) -> tuple[InitializedMatrix, ...]:
+    """Return the results of each of `num` stacked matrices."""
     return tuple(
         jax.tree.map(lambda array: array[i], results)  # noqa: B023 (used at once)
-        for i in range(len(ws))
+        for i in range(num)
     )
 
 
